@@ -1,0 +1,128 @@
+"""Configuration of data: prompts, completions, outcome labels and preferences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from rlhf_kit.config import Config
+
+
+class DataBase(Config):
+    """Fields of every data source.
+
+    `columns` renames, new name first (`{prompt: question}`); one source may serve several names.
+    `shuffle_seed` shuffles the rows, then `skip` leaves out the first, and `limit` keeps that many of the
+    rest. `prompt_template` wraps a text prompt (`"Q: {prompt}\\nA:"`); `chat` turns text prompts and
+    completions into messages, with `system` as the first.
+    """
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    prompt_template: str | None = None
+    chat: bool = False
+    system: str | None = None
+    skip: NonNegativeInt = 0
+    limit: PositiveInt | None = None
+    shuffle_seed: int | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template {self.prompt_template!r} does not say where the {{prompt}} goes"
+            )
+        if self.system is not None and not self.chat:
+            raise ValueError("system is the first message of a conversation: it needs chat: true")
+        return self
+
+
+class Jsonl(DataBase):
+    """A JSON-lines file (also `.json` with a list, also `.gz`)."""
+
+    type: Literal["jsonl"]
+    path: str
+
+
+class Parquet(DataBase):
+    """A Parquet file."""
+
+    type: Literal["parquet"]
+    path: str
+
+
+class Hub(DataBase):
+    """A data set by hub id."""
+
+    type: Literal["hub"]
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class Gsm8kSolutions(DataBase):
+    """GSM8K's `example_model_solutions.jsonl`: four model solutions a problem, with outcome labels.
+
+    Rows become `prompt, completion, label`; with `paired`, `prompt, chosen, rejected` for every combination
+    of a right and a wrong solution. `shuffle_seed`, `skip` and `limit` count problems, so that no problem
+    lies on both sides of a split. `calculator_annotations` keeps the models' `<<16-3=13>>`.
+    """
+
+    type: Literal["gsm8k_solutions"]
+    path: str
+    paired: bool = False
+    calculator_annotations: bool = False
+
+
+class RunningSums(DataBase):
+    """Generated multi-step arithmetic: `terms` numbers are added one by one modulo `modulus`.
+
+    The completion writes the running value after each addition; the last is the answer.
+    """
+
+    type: Literal["running_sums"]
+    size: PositiveInt
+    terms: PositiveInt = 16
+    modulus: Annotated[int, Field(ge=2)] = 23
+    seed: int = 0
+
+
+class ReasoningGym(DataBase):
+    """A generated task of the `reasoning-gym` package.
+
+    `params` are the task's own; a completion is `completion_template` with the answer in place of `{answer}`.
+    """
+
+    type: Literal["reasoning_gym"]
+    task: str
+    size: PositiveInt
+    seed: int = 0
+    params: dict[str, Any] = Field(default_factory=dict)
+    completion_template: Annotated[str, Field(pattern=r"\{answer\}")] = "{answer}"
+
+
+class Sampled(DataBase):
+    """Completions that a model samples, labelled by their outcome: `prompt, completion, label` rows.
+
+    The label is true where the verifier gives at least 0.5.
+    """
+
+    type: Literal["sampled"]
+    model: str
+    prompts: PromptConfig
+    verifier: Literal["exact", "math", "reasoning_gym"]
+    num_generations: PositiveInt = 4
+    max_new_tokens: PositiveInt = 256
+    temperature: PositiveFloat = 1.0
+    batch_size: PositiveInt = 128
+    seed: int = 0
+
+
+PromptConfig = Annotated[
+    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ReasoningGym, Field(discriminator="type")
+]
+Sampled.model_rebuild()
+DataConfig = Annotated[
+    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ReasoningGym | Sampled, Field(discriminator="type")
+]

@@ -1,0 +1,277 @@
+"""Data sets from their configuration, with TRL's column names."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, load_dataset
+from datasets.table import InMemoryTable
+
+from rlhf_kit.data.config import (
+    DataBase,
+    DataConfig,
+    Gsm8kSolutions,
+    Hub,
+    Jsonl,
+    Parquet,
+    ReasoningGym,
+    RunningSums,
+    Sampled,
+)
+from rlhf_kit.data.gsm8k import gsm8k_rows
+from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
+from rlhf_kit.data.tasks import reasoning_gym, running_sums
+from rlhf_kit.data.verifiers import verify
+
+Row = dict[str, Any]
+Sampler = Callable[[Sampled, Dataset], Sequence[Sequence[str]]]
+
+COMPLETIONS = ("completion", "chosen", "rejected")
+
+
+def load_data(config: DataConfig, sampler: Sampler | None = None) -> Dataset:
+    """The data set of `config`: `prompt`, what it has of `completion, label, chosen, rejected`, and the rest.
+
+    `sampler(config, prompts)` gives `config.num_generations` completions for each row of `prompts`; only
+    `sampled` data needs it.
+
+    Raises:
+        ValueError: the data cannot be used; the message names the file, the row (from 1) and the field.
+    """
+    source = _source(config)
+    dataset = _sampled(config, sampler) if isinstance(config, Sampled) else READERS[type(config)](config)
+    dataset = _rename(dataset, config.columns, source)
+    numbers = _selection(len(dataset), config, source)
+    dataset = dataset.select(numbers)
+    if isinstance(config, Gsm8kSolutions):
+        dataset, numbers = _solutions(dataset, numbers, config)
+    _check(dataset, numbers, source)
+    return _format(dataset, numbers, config)
+
+
+def _source(config: DataConfig) -> str:
+    """What errors call the data set: its file where it has one."""
+    if isinstance(config, Sampled):
+        return f"sampled data, from {_source(config.prompts)}"
+    if isinstance(config, RunningSums):
+        return "running_sums"
+    return config.task if isinstance(config, ReasoningGym) else config.path
+
+
+def _read_json(config: Jsonl | Gsm8kSolutions) -> Dataset:
+    """The rows of JSON lines, or of one JSON list; a name that ends in `.gz` is decompressed."""
+    path = Path(config.path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{config.path}: there is no such file")
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    if text.lstrip().startswith("["):
+        rows = _parse(text, config.path, 1)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_parse(line, config.path, number) for number, line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{config.path}, row {number}: it is not an object with fields but {_show(row)}")
+    return _dataset(rows, config.path)
+
+
+def _parse(text: str, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}") from error
+
+
+def _read_parquet(config: Parquet) -> Dataset:
+    if not Path(config.path).expanduser().is_file():
+        raise ValueError(f"{config.path}: there is no such file")
+    return Dataset(InMemoryTable(pyarrow.parquet.read_table(Path(config.path).expanduser())))
+
+
+def _read_hub(config: Hub) -> Dataset:
+    dataset = load_dataset(config.path, config.name, split=config.split, revision=config.revision)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{config.path}: split {config.split!r} is not one data set")
+    return dataset
+
+
+def _read_running_sums(config: RunningSums) -> Dataset:
+    return _dataset(running_sums(config.size, config.terms, config.modulus, config.seed), "running_sums")
+
+
+def _read_reasoning_gym(config: ReasoningGym) -> Dataset:
+    rows = reasoning_gym(config.task, config.size, config.seed, config.params, config.completion_template)
+    return _dataset(rows, config.task)
+
+
+READERS: Mapping[type[DataBase], Callable[[Any], Dataset]] = {
+    Jsonl: _read_json,
+    Parquet: _read_parquet,
+    Hub: _read_hub,
+    Gsm8kSolutions: _read_json,
+    RunningSums: _read_running_sums,
+    ReasoningGym: _read_reasoning_gym,
+}
+
+
+def _sampled(config: Sampled, sampler: Sampler | None) -> Dataset:
+    """`num_generations` rows for each prompt, adjacent, labelled by the verifier."""
+    if sampler is None:
+        raise ValueError("sampled data need a model to sample from: pass load_data a sampler")
+    prompts = load_data(config.prompts)
+    completions = sampler(config, prompts)
+    counts = [len(group) for group in completions]
+    if counts != [config.num_generations] * len(prompts):
+        raise ValueError(
+            f"the sampler gave {counts[:8]}... completions for {len(prompts)} prompts, "
+            f"where {config.num_generations} each were asked for"
+        )
+    rows = []
+    for number, (row, group) in enumerate(zip(prompts.to_list(), completions, strict=True), start=1):
+        for completion in group:
+            score = verify(config.verifier, completion, row)
+            if score is None:
+                raise ValueError(
+                    f"{_source(config)}, row {number}: verifier {config.verifier!r} cannot judge it, having "
+                    f"only the columns {', '.join(row)}"
+                )
+            text = isinstance(row["prompt"], str)
+            rows.append({**row, "completion": completion if text else completion_messages(completion)})
+            rows[-1]["label"] = score >= 0.5
+    return _dataset(rows, _source(config))
+
+
+def _dataset(rows: Sequence[Row], source: str) -> Dataset:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return Dataset.from_dict(columns)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        for name, values in columns.items():
+            count = bisect_left(range(len(values) + 1), True, key=lambda stop: not _one_type(values[:stop]))
+            if count <= len(values):
+                raise ValueError(
+                    f"{source}, row {count}: field {name!r} is {_show(values[count - 1])}, which has another "
+                    "type than in the rows before"
+                ) from error
+        raise
+
+
+def _one_type(values: Sequence[Any]) -> bool:
+    try:
+        Dataset.from_dict({"values": values})
+    except (pyarrow.ArrowException, OverflowError):
+        return False
+    return True
+
+
+def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
+    if not columns:
+        return dataset
+    names = dataset.column_names
+    for new, old in columns.items():
+        if old not in names:
+            raise ValueError(
+                f"{source}: columns maps {new!r} to {old!r}, and there is only {', '.join(names)}"
+            )
+        if new in names and new not in columns.values():
+            raise ValueError(
+                f"{source}: columns maps {new!r} to {old!r}, and there is a column {new!r} already: "
+                "give that one another name in `columns` too"
+            )
+    kept = {name: name for name in names if name not in columns.values()}
+    table = dataset.data.table
+    wanted = {**columns, **kept}
+    renamed = pyarrow.table([table[old] for old in wanted.values()], names=list(wanted))
+    return Dataset(InMemoryTable(renamed))
+
+
+def _selection(size: int, config: DataBase, source: str) -> list[int]:
+    """The positions that shuffling, skipping and limiting leave."""
+    if size == 0:
+        raise ValueError(f"{source}: there are no rows")
+    positions = list(range(size))
+    if config.shuffle_seed is not None:
+        random.Random(f"shuffle {config.shuffle_seed}").shuffle(positions)
+    stop = None if config.limit is None else config.skip + config.limit
+    positions = positions[config.skip : stop]
+    if not positions:
+        raise ValueError(f"{source}: no row is left of {size} after skip: {config.skip}")
+    return positions
+
+
+def _solutions(problems: Dataset, numbers: list[int], config: Gsm8kSolutions) -> tuple[Dataset, list[int]]:
+    rows, origins = [], []
+    for number, problem in zip(numbers, problems.to_list(), strict=True):
+        try:
+            expanded = gsm8k_rows(problem, config.paired, config.calculator_annotations)
+        except ValueError as error:
+            raise ValueError(f"{config.path}, row {number + 1}: {error}") from error
+        rows += expanded
+        origins += [number] * len(expanded)
+    if not rows:
+        raise ValueError(f"{config.path}: no problem has both a right and a wrong solution to pair")
+    return _dataset(rows, config.path), origins
+
+
+def _check(dataset: Dataset, numbers: Sequence[int], source: str) -> None:
+    names = dataset.column_names
+    if "prompt" not in names:
+        raise ValueError(
+            f"{source}: there is no column 'prompt', only {', '.join(names)}; name the one that holds the "
+            f"prompts, as in columns: {{prompt: {names[0]}}}"
+        )
+    for name in ("prompt", *COMPLETIONS):
+        if name in names:
+            for number, value in zip(numbers, dataset[name], strict=True):
+                if not isinstance(value, str) and not is_messages(value):
+                    raise ValueError(
+                        f"{source}, row {number + 1}: {name!r} is neither text nor a list of messages "
+                        f"({{role, content}}) but {_show(value)}"
+                    )
+    if "label" in names:
+        for number, value in zip(numbers, dataset["label"], strict=True):
+            if value not in (0, 1):
+                raise ValueError(
+                    f"{source}, row {number + 1}: 'label' says whether the completion is right: true, false, "
+                    f"1 or 0, not {_show(value)}; if it means something else here, rename it in `columns`"
+                )
+
+
+def _format(dataset: Dataset, numbers: Sequence[int], config: DataConfig) -> Dataset:
+    """Wraps prompts, turns text into messages and labels into booleans."""
+    changed: dict[str, list[Any]] = {}
+    template = config.prompt_template
+    if template is not None:
+        changed["prompt"] = []
+        for number, prompt in zip(numbers, dataset["prompt"], strict=True):
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    f"{_source(config)}, row {number + 1}: prompt_template wraps text, not messages"
+                )
+            changed["prompt"].append(template.replace("{prompt}", prompt))
+    if config.chat:
+        prompts = changed.get("prompt", dataset["prompt"])
+        changed["prompt"] = [prompt_messages(prompt, config.system) for prompt in prompts]
+        for name in set(COMPLETIONS) & set(dataset.column_names):
+            changed[name] = [completion_messages(completion) for completion in dataset[name]]
+    if "label" in dataset.column_names:
+        changed["label"] = [bool(label) for label in dataset["label"]]
+    if not changed:
+        return dataset
+    columns = {name: changed.get(name, dataset[name]) for name in dataset.column_names}
+    return Dataset.from_dict({name: list(values) for name, values in columns.items()})
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:80]}..." if len(text) > 80 else text

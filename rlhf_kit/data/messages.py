@@ -1,0 +1,55 @@
+"""Prompts and completions in their two forms: plain text, and lists of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from rlhf_kit.rollout import Message, Text
+
+
+def is_messages(value: object) -> bool:
+    """Whether `value` is a conversation: a non-empty list of mappings that each name their `role`."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in value)
+    )
+
+
+def content_text(message: Message) -> str:
+    """The text of one message; of a message in parts, its text parts joined; "" where there is none."""
+    content: Any = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content if part.get("type", "text") == "text")
+
+
+def completion_text(completion: Text) -> str:
+    """What the policy said: the text itself, or the content of the last assistant message ("" if none)."""
+    if isinstance(completion, str):
+        return completion
+    for message in reversed(completion):
+        if message.get("role") == "assistant":
+            return content_text(message)
+    return ""
+
+
+def prompt_messages(prompt: Text, system: str | None) -> list[Message]:
+    """`prompt` as messages, opened by `system` unless the conversation already has a system message."""
+    messages: list[Message] = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else list(cast("Sequence[Message]", prompt))
+    )
+    if system is not None and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def completion_messages(completion: Text) -> list[Message]:
+    """`completion` as messages: text becomes one assistant message."""
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)

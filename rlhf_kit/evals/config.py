@@ -1,0 +1,38 @@
+"""Configuration of the evaluations that run beside training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from rlhf_kit.config import Config
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Evaluation(Config):
+    """Held-out accuracy by greedy decoding, judged by a verifier."""
+
+    verifier: Literal["exact", "math", "reasoning_gym"]
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 64
+
+
+class StepTruth(Config):
+    """Where the known truth of each step stands, for the step AUC of process rewards; no source is shown it.
+
+    `column` holds the right steps; the completion is cut at `separator` and its k-th step is right while it equals
+    the k-th right step. Steps behind the first wrong one are left out.
+    """
+
+    column: str = "steps"
+    separator: str = " "
+
+
+class StepEvaluation(Config):
+    """First-wrong-step detection on ProcessBench-style rows (`problem`, `steps`, `label`)."""
+
+    path: str
+    limit: PositiveInt | None = None
+    threshold_fraction: Probability = 0.5

@@ -1,0 +1,32 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class MovingAverage:
+    """A frozen copy of `model` that follows it: `w <- decay * w + (1 - decay) * w_model`."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._source = model
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step towards the model's present weights."""
+        for average, weight in zip(self.model.parameters(), self._source.parameters(), strict=True):
+            average.lerp_(weight.to(average.dtype), 1 - self._decay)
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The averaged weights."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over averaged weights."""
+        self.model.load_state_dict(state)

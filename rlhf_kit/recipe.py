@@ -1,0 +1,188 @@
+"""Recipes: YAML and overrides in, a validated object out, every error at once and in the recipe's own words."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
+from rlhf_kit.recipe_checks import check_stage
+from rlhf_kit.recipe_errors import describe, validate
+from rlhf_kit.recipe_yaml import REFERENCE, apply_overrides, read_mapping, references, resolve
+from rlhf_kit.runs.config import OUTPUTS, Recipe
+from rlhf_kit.trainers.args import check_args, config_class
+from rlhf_kit.trainers.argument_source import arguments
+from rlhf_kit.trainers.config import Ppo, Reward, Sft, StageConfig
+
+__all__ = ["Recipe", "RecipeError", "load_recipe"]
+
+TOP_KEYS = ("name", "runs_dir", "seed")
+STAGE_CLASSES = {"sft": Sft, "reward": Reward, "ppo": Ppo}
+ALL_OUTPUTS = tuple(dict.fromkeys(output for outputs in OUTPUTS.values() for output in outputs))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
+    """The recipe in a YAML file after `key=value` and `~key` overrides, for a run of `world_size` processes.
+
+    Nothing heavier than pydantic and OmegaConf is imported, and no model or data set is opened.
+
+    Raises:
+        RecipeError: with every problem that can be found without guessing.
+    """
+    path = Path(path)
+    content, problems = apply_overrides(read_mapping(path), overrides)
+    content = {"name": path.stem, "runs_dir": "runs", "seed": 0, **content}
+    if isinstance(content["runs_dir"], str):
+        content["runs_dir"] = os.path.expanduser(content["runs_dir"])
+    single = "stages" not in content
+    shape_problems = _shape(content)
+    if shape_problems:
+        raise RecipeError(path, [*problems, *shape_problems])
+    content, reference_problems = _replace_references(content)
+    content, interpolation_problems = resolve(content)
+    problems += reference_problems + interpolation_problems
+    recipe, more = _validate(_as_pipeline(content) if single else content, single, world_size, path)
+    problems += _not_under(more, problems)
+    if problems or recipe is None:
+        raise RecipeError(path, problems)
+    return recipe
+
+
+def _not_under(problems: Sequence[Problem], known: Sequence[Problem]) -> list[Problem]:
+    """The problems less those that follow from one already known."""
+    paths = [problem.path for problem in known if problem.path]
+    return [p for p in problems if not any(p.path == path or p.path.startswith(f"{path}.") for path in paths)]
+
+
+def _shape(content: Mapping[str, Any]) -> list[Problem]:
+    """Whether the recipe is one stage or has `stages`, and not both."""
+    if "stages" not in content and "type" not in content:
+        near = next((key for key in content if did_you_mean(key, ["stages"]) and key not in TOP_KEYS), None)
+        remedy = f"choose one of {listed(STAGE_CLASSES)}, or give `stages: {{name: ...}}`"
+        if near is not None:
+            remedy = f"did you mean 'stages' by '{near}'? Otherwise {remedy}"
+        return [Problem("type", "required key is missing", remedy=remedy)]
+    if "stages" not in content:
+        return []
+    stages, problems = content["stages"], []
+    if not isinstance(stages, dict) or not stages:
+        got = "an empty mapping" if stages == {} else describe(stages)
+        remedy = "write `stages: {sft: {type: sft, ...}, ...}`"
+        return [Problem("stages", f"expected a mapping of named stages, got {got}", remedy=remedy)]
+    for key in content:
+        if key in (*TOP_KEYS, "stages"):
+            continue
+        near = did_you_mean(key, (*TOP_KEYS, "stages"), f"the keys here are {listed((*TOP_KEYS, 'stages'))}")
+        if any(key in stage.model_fields for stage in STAGE_CLASSES.values()):
+            near = f"it belongs to a stage: write stages.{next(reversed(stages))}.{key}"
+        problems.append(Problem(key, "unknown key", content[key], near))
+    return problems
+
+
+def _replace_references(content: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The recipe with `${stages.NAME.OUTPUT}` replaced by the output's path."""
+    stages = content.get("stages")
+    names = list(stages) if isinstance(stages, dict) else []
+    problems = []
+    for path, text, name, output in references(content):
+        problem = _reference_problem(path, name, output, stages or {}, names)
+        problems += [Problem(path, problem[0], text, problem[1])] if problem else []
+    return _map_text(content, lambda text: REFERENCE.sub(_output_path, text)), problems
+
+
+def _reference_problem(
+    path: str, name: str, output: str, stages: Mapping[str, Any], names: Sequence[str]
+) -> tuple[str, str] | None:
+    """What is wrong with a reference in the field `path`, and the remedy."""
+    if not names:
+        return "refers to a stage, and this recipe has none to refer to", "write the folder, or use `stages`"
+    if name not in names:
+        return f"there is no stage '{name}'", did_you_mean(name, names, f"the stages are {listed(names)}")
+    stage = stages[name] if isinstance(stages[name], dict) else {}
+    outputs = OUTPUTS.get(stage.get("type"), ALL_OUTPUTS)
+    if output not in ALL_OUTPUTS and output in stage:
+        return None  # an ordinary interpolation
+    if output not in outputs:
+        of = f"stage '{name}' (type {stage.get('type')})"
+        return f"{of} has no output '{output}'", did_you_mean(output, outputs, f"it has {listed(outputs)}")
+    own = path.split(".")[1] if path.startswith("stages.") else None
+    if own == name:
+        return "a stage cannot start from its own output", "refer to an earlier stage, or write a folder"
+    if own is None or names.index(name) > names.index(own):
+        return f"stage '{name}' comes later", f"put it before '{own}'; the order is {listed(names)}"
+    return None
+
+
+def _output_path(match: re.Match[str]) -> str:
+    """Where an output will be; the recipe's own fields are left to interpolation."""
+    return f"${{runs_dir}}/${{name}}/{match[1]}/{match[2]}" if match[2] in ALL_OUTPUTS else match[0]
+
+
+def _map_text(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, str):
+        return change(node)
+    if isinstance(node, dict):
+        return {key: _map_text(value, change) for key, value in node.items()}
+    return [_map_text(value, change) for value in node] if isinstance(node, list) else node
+
+
+def _as_pipeline(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of one stage in the form of a pipeline, the stage named by its type."""
+    top = {key: content[key] for key in TOP_KEYS}
+    stage = {key: value for key, value in content.items() if key not in TOP_KEYS}
+    name = stage["type"] if stage["type"] in STAGE_CLASSES else "stage"
+    return {**top, "stages": {name: stage}}
+
+
+def _validate(
+    content: Mapping[str, Any], single: bool, world_size: int, path: Path
+) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe object, or every problem with types, arguments and combinations, stage by stage."""
+    stages, problems = {}, []
+    for name, stage in content["stages"].items():
+        stages[name], found = _with_checked_args(stage, content["seed"])
+        problems += [problem.under(f"stages.{name}.trainer.args") for problem in found]
+    recipe, found = validate(Recipe, {**content, "stages": stages, "single": single})
+    problems = [_hint_at_args(problem, stages) for problem in found] + problems
+    earlier: set[Path] = set()
+    for name, stage in stages.items():
+        prefix = f"stages.{name}"
+        if not any(problem.path == prefix or problem.path.startswith(f"{prefix}.") for problem in problems):
+            checked = check_stage(validate(StageConfig, stage)[0], world_size, earlier, path)
+            problems += [problem.under(prefix) for problem in checked]
+        earlier |= {Path(str(content["runs_dir"]), str(content["name"]), name, out) for out in ALL_OUTPUTS}
+    if single:
+        prefix = f"stages.{next(iter(stages))}"
+        problems = [
+            replace(problem, path=problem.path[len(prefix) + 1 :])
+            if problem.path.startswith(prefix)
+            else problem
+            for problem in problems
+        ]
+    return recipe, problems
+
+
+def _with_checked_args(stage: Any, seed: Any) -> tuple[Any, list[Problem]]:
+    """The stage with the recipe's seed and numbers of the declared types in `trainer.args`."""
+    trainer = stage.get("trainer", {}) if isinstance(stage, dict) else None
+    args = trainer.get("args", {}) if isinstance(trainer, dict) else None
+    if not isinstance(args, dict) or stage.get("type") not in STAGE_CLASSES:
+        return stage, []
+    checked, problems = check_args(stage["type"], str(stage.get("objective", "ce")), args)
+    seeded = {**checked, "seed": seed} if "seed" not in checked and type(seed) is int else checked
+    return {**stage, "trainer": {**trainer, "args": seeded}}, problems
+
+
+def _hint_at_args(problem: Problem, stages: Mapping[str, Any]) -> Problem:
+    """An argument of the trainer that stands in the stage or in `trainer` is told where it belongs."""
+    stage, *rest = problem.path.removeprefix("stages.").split(".")
+    if problem.message != "unknown key" or rest[:-1] not in ([], ["trainer"]):
+        return problem
+    config = config_class(stages[stage]["type"], str(stages[stage].get("objective", "ce")))
+    if rest[-1] not in arguments(config):
+        return problem
+    return replace(problem, remedy=f"it is an argument of {config}: write trainer.args.{rest[-1]}")

@@ -1,0 +1,250 @@
+"""What a stage's fields must say together: sources that an estimator needs, group sizes, files that exist.
+
+Each check yields problems with paths relative to the stage; `warnings` are doubts that do not stop a run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, Sampled
+from rlhf_kit.models.config import Scratch
+from rlhf_kit.problems import Problem
+from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.runs.config import Recipe
+from rlhf_kit.trainers.args import argument, check_batch
+from rlhf_kit.trainers.config import Credit, Ppo, Reward, Sft
+
+Stage = Sft | Reward | Ppo
+
+GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
+PROCESS_ESTIMATORS = ("prime", "min_form")
+
+
+def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
+    """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist yet."""
+    problems = list(_files(stage, earlier, recipe_path)) + list(_model(stage)) + list(_data(stage))
+    if isinstance(stage, Reward):
+        problems += _reward(stage)
+    if isinstance(stage, Ppo):
+        problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
+        problems += [*_estimator(stage), *_critic(stage), *_sources(stage), *_accuracy_band(stage)]
+    return problems
+
+
+def _estimator(stage: Ppo) -> Iterator[Problem]:
+    credit, group = stage.credit, argument(stage, "num_generations")
+    path = "trainer.args.num_generations"
+    if group < 2 and credit.estimator in GROUP_ESTIMATORS:
+        remedy = "write at least 2, or use credit.estimator gae or reinforce"
+        yield Problem(
+            path, f"credit.estimator {credit.estimator} compares completions of a prompt", group, remedy
+        )
+    elif group < 2 and credit.scale == "group":
+        remedy = "write at least 2, or credit.scale none or batch"
+        yield Problem(path, "credit.scale group divides by a group's standard deviation", group, remedy)
+    if credit.estimator in PROCESS_ESTIMATORS and all(source.kind != "process" for source in stage.rewards):
+        remedy = "add an implicit_prm to rewards, or use rloo"
+        yield Problem("credit.estimator", "needs a process reward", credit.estimator, remedy)
+    if credit.kl.target is not None and credit.kl.coefficient == 0:
+        remedy = "give credit.kl.coefficient a value to start from, e.g. 0.05"
+        yield Problem("credit.kl.target", "cannot adapt a coefficient of 0", credit.kl.target, remedy)
+
+
+def _critic(stage: Ppo) -> Iterator[Problem]:
+    estimator = stage.credit.estimator
+    if stage.critic is not None and estimator != "gae":
+        remedy = "remove critic, or use credit.estimator gae"
+        yield Problem("critic", f"is never used by credit.estimator {estimator}", remedy=remedy)
+    if stage.critic is not None and stage.critic.type == "head" and stage.critic.path is not None:
+        yield Problem(
+            "critic.path", "is only for critic.type model", stage.critic.path, "remove it or set the type"
+        )
+    if stage.truncation.policy == "bootstrap" and estimator != "gae":
+        remedy = "use credit.estimator gae, or truncation.policy terminal, mask or penalty"
+        yield Problem("truncation.policy", f"needs a critic; {estimator} has none", "bootstrap", remedy)
+
+
+def _sources(stage: Ppo) -> Iterator[Problem]:
+    names: dict[str, int] = {}
+    outcome = any(source.labels_outcomes for source in stage.rewards)
+    for index, source in enumerate(stage.rewards):
+        path = f"rewards.{index}"
+        if source.source_name in names:
+            twice = f"has the same name as rewards.{names[source.source_name]}"
+            yield Problem(f"{path}.name", twice, source.source_name, "give one of them another name")
+        names.setdefault(source.source_name, index)
+        if not isinstance(source, ImplicitPrmConfig):
+            continue
+        if source.online and not outcome:
+            remedy = "add a verifier, or a function with bounded: true, to rewards"
+            yield Problem(
+                f"{path}.online",
+                "an online PRM learns from outcomes, and no source gives them",
+                remedy=remedy,
+            )
+        if source.path is None and not source.online and source.reference == "initial":
+            remedy = "set path to a trained PRM, or set online"
+            yield Problem(
+                path, "a frozen copy of the policy against itself rewards every token with 0", remedy=remedy
+            )
+
+
+def _accuracy_band(stage: Ppo) -> Iterator[Problem]:
+    band = stage.accuracy_band
+    if band is None:
+        return
+    if band.low > band.high:
+        remedy = f"write low <= high (high is {band.high})"
+        yield Problem("accuracy_band.low", "is greater than high", band.low, remedy)
+    if not any(source.labels_outcomes for source in stage.rewards):
+        remedy = "add a verifier, or a function with bounded: true, to rewards"
+        yield Problem("accuracy_band", "needs outcomes, and no source gives them", remedy=remedy)
+    group = argument(stage, "num_generations")
+    if group < 2:
+        remedy = "write at least 2, or remove accuracy_band"
+        yield Problem("trainer.args.num_generations", "accuracy_band needs groups", group, remedy)
+
+
+def _reward(stage: Reward) -> Iterator[Problem]:
+    paired = stage.objective in ("dpo", "nca")
+    for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+        if isinstance(data, Gsm8kSolutions) and data.paired != paired:
+            kind = "pairs" if paired else "single completions with labels"
+            remedy = f"write paired: {str(paired).lower()}"
+            yield Problem(
+                f"{path}.paired", f"objective {stage.objective} learns from {kind}", data.paired, remedy
+            )
+        if isinstance(data, Sampled) and paired:
+            what = f"objective {stage.objective} learns from pairs; sampled rows are single completions"
+            yield Problem(f"{path}.type", what, "sampled", "use objective ce or kto")
+    if stage.offset != "none" and stage.objective != "ce":
+        yield Problem(
+            "offset", f"is never used by objective {stage.objective}", stage.offset, "write none, or use ce"
+        )
+
+
+def _data(stage: Stage) -> Iterator[Problem]:
+    if not isinstance(stage, Reward):
+        for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+            if isinstance(data, Sampled):
+                what = f"labelled samples are for reward stages, this one is {stage.type}"
+                yield Problem(f"{path}.type", what, "sampled", "name the prompts' own data type")
+        if stage.evaluation is not None and stage.eval_data is None:
+            yield Problem("evaluation", "has no prompts", remedy="add eval_data")
+    if isinstance(stage, Ppo) and stage.eval_data is not None and stage.evaluation is None:
+        yield Problem(
+            "eval_data", "is never used", remedy="add evaluation, e.g. {verifier: math}, or remove it"
+        )
+
+
+def _model(stage: Stage) -> Iterator[Problem]:
+    model = stage.model
+    if isinstance(model, Scratch) and model.hidden_size % model.num_attention_heads:
+        what = f"is no multiple of num_attention_heads ({model.num_attention_heads})"
+        remedy = f"write a multiple of {model.num_attention_heads}"
+        yield Problem("model.hidden_size", what, model.hidden_size, remedy)
+
+
+# --- files ---
+
+
+def _files(stage: Stage, earlier: Collection[Path], recipe_path: Path) -> Iterator[Problem]:
+    """Data files and local models that do not exist."""
+    for path, value, is_model in _paths(stage):
+        location = Path(os.path.expanduser(value))
+        if location in earlier or location.exists() or (is_model and not _looks_local(value)):
+            continue
+        beside = recipe_path.parent / value
+        if beside.exists():
+            remedy = f"paths start from the current directory: write {os.path.relpath(beside)}"
+        elif is_model:
+            remedy = "give a folder or a hub id (owner/name)"
+        else:
+            remedy = f"paths start from the current directory, {Path.cwd()}"
+        yield Problem(path, "no such model folder" if is_model else "no such file", value, remedy)
+
+
+def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
+    """Every file or model that the stage reads, as (field, value, whether it is a model)."""
+    for field in ("data", "eval_data"):
+        data = getattr(stage, field)
+        if isinstance(data, Sampled):
+            yield f"{field}.model", data.model, True
+            field, data = f"{field}.prompts", data.prompts
+        if isinstance(data, Jsonl | Parquet | Gsm8kSolutions):
+            yield f"{field}.path", data.path, False
+    if not isinstance(stage.model, Scratch):
+        yield "model.path", stage.model.path, True
+        if stage.model.tokenizer:
+            yield "model.tokenizer", stage.model.tokenizer, True
+    if isinstance(stage, Reward):
+        if stage.reference:
+            yield "reference.path", stage.reference.path, True
+        if stage.step_evaluation:
+            yield "step_evaluation.path", stage.step_evaluation.path, False
+    if isinstance(stage, Ppo):
+        for index, source in enumerate(stage.rewards):
+            if isinstance(source, ImplicitPrmConfig) and source.path:
+                yield f"rewards.{index}.path", source.path, True
+        if stage.critic and stage.critic.path:
+            yield "critic.path", stage.critic.path, True
+
+
+def _looks_local(path: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything else is meant as a folder."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+# --- warnings ---
+
+
+def warnings(recipe: Recipe) -> list[Problem]:
+    """What is allowed in the recipe and yet probably not meant."""
+    found = []
+    for name, stage in recipe.stages.items():
+        problems = list(_argument_warnings(stage))
+        if isinstance(stage, Ppo):
+            problems += [*_credit_warnings(stage.credit), *_source_warnings(stage)]
+        found += [problem.under("" if recipe.single else f"stages.{name}") for problem in problems]
+    return found
+
+
+def _credit_warnings(credit: Credit) -> Iterator[Problem]:
+    kl, defaults = credit.kl, Credit(estimator=credit.estimator)
+    if kl.coefficient and kl.where == "loss" and kl.estimator == "k1":
+        remedy = "use k2 in the loss, or k1 in the reward"
+        yield Problem(
+            "credit.kl.estimator", "k1 in the loss has a gradient of 0 in expectation", "k1", remedy
+        )
+    if kl.coefficient and kl.where == "reward" and kl.estimator != "k1":
+        what = "in the reward it does not give the gradient of the reverse KL"
+        yield Problem("credit.kl.estimator", what, kl.estimator, "use k1 in the reward")
+    if credit.lam != defaults.lam and credit.estimator != "gae":
+        yield Problem("credit.lam", "is used by gae alone", credit.lam, "remove it")
+    if credit.step_pattern != defaults.step_pattern and credit.estimator != "min_form":
+        yield Problem("credit.step_pattern", "is used by min_form alone", credit.step_pattern, "remove it")
+
+
+def _source_warnings(stage: Ppo) -> Iterator[Problem]:
+    for index, source in enumerate(stage.rewards):
+        if isinstance(source, ImplicitPrmConfig) and source.path is None and not source.online:
+            remedy = "set path to a trained PRM, or set online"
+            yield Problem(
+                f"rewards.{index}", "a frozen copy of the policy says nothing about outcomes", remedy=remedy
+            )
+
+
+def _argument_warnings(stage: Stage) -> Iterator[Problem]:
+    args = stage.trainer.args
+    trackers = args.get("report_to")
+    for tracker in trackers if isinstance(trackers, list) else [trackers]:
+        if tracker in ("wandb", "tensorboard", "trackio", "mlflow", "swanlab") and not find_spec(tracker):
+            yield Problem(
+                "trainer.args.report_to", "is not installed here", tracker, f"pip install {tracker}"
+            )
+    if args.get("use_vllm") and not find_spec("vllm"):
+        yield Problem("trainer.args.use_vllm", "vLLM is not installed here", True, "pip install vllm")

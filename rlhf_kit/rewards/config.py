@@ -1,0 +1,80 @@
+"""What every reward source's configuration shares: its name, weight, schedule and normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from rlhf_kit.config import Config
+from rlhf_kit.rollout import RewardSource
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from rlhf_kit.models.config import Pretrained, Scratch
+
+
+class Schedule(Config):
+    """A weight that moves linearly from `start` to `end` over `steps` optimiser steps."""
+
+    start: float
+    end: float
+    steps: PositiveInt
+
+    def at(self, step: int) -> float:
+        """The weight after `step` optimiser steps."""
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a source may use when it is built: the policy's weights, never the trainer.
+
+    Attributes:
+        policy: the policy before training; a source may add an adapter of its own to a PEFT model.
+        policy_config: what the policy was loaded from, for a source that starts as its copy.
+        temperature: what the policy's logits are divided by.
+        device: where models of the source belong.
+        functions: reward functions by name, beside those of the entry point group `rlhf_kit.rewards`.
+    """
+
+    policy: PreTrainedModel | PeftModel
+    policy_config: Pretrained | Scratch
+    temperature: float
+    device: torch.device
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+class SourceConfig(Config):
+    """Fields of every reward source.
+
+    `normalize` divides the source's token rewards, over all ranks, by the standard deviation of its per-completion
+    sums: of this rollout (`batch`) or of a running estimate (`running`); `none` leaves them as they are. A row in
+    which a `required` source failed leaves the baseline, the whitening and every loss.
+    """
+
+    kind: ClassVar[Literal["outcome", "process"]]
+
+    type: str
+    name: str | None = None
+    weight: float | Schedule = 1.0
+    normalize: Literal["none", "batch", "running"] = "none"
+    required: bool = True
+
+    @property
+    def source_name(self) -> str:
+        """What the source is called in metrics: its name, or else its type."""
+        return self.name or self.type
+
+    def weight_at(self, step: int) -> float:
+        """The weight after `step` optimiser steps."""
+        return self.weight.at(step) if isinstance(self.weight, Schedule) else self.weight
+
+    def build(self, context: BuildContext) -> RewardSource:
+        """The source itself; torch and friends are imported here."""
+        raise NotImplementedError

@@ -1,0 +1,188 @@
+"""Implicit process reward model: the log-ratio of two language models as a per-token reward."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import PositiveFloat
+
+from rlhf_kit.config import Config
+from rlhf_kit.models.config import Lora, Pretrained
+from rlhf_kit.rewards.config import BuildContext, SourceConfig
+from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    from rlhf_kit.models.scorer import Scorer
+
+RUNNING_RATE_DECAY = 0.9
+
+
+class Online(Config):
+    """How the PRM learns from the outcomes of each rollout (PRIME, arXiv 2502.01456).
+
+    `before_scoring` steps the PRM with its own optimiser and clip before it scores the rollout; `with_policy` adds
+    its loss to the policy's, in the same engine and optimiser, in the first epoch over the rollout.
+    """
+
+    order: Literal["before_scoring", "with_policy"] = "before_scoring"
+    learning_rate: PositiveFloat = 1e-6
+    max_grad_norm: PositiveFloat = 10.0
+    loss: Literal["ce"] = "ce"
+
+
+class ImplicitPrmConfig(SourceConfig):
+    """Token reward `beta * (log phi - log ref)` (Free Process Rewards without Process Labels, arXiv 2412.01981).
+
+    `path` is the PRM's folder or hub id; without it the PRM starts from the policy. `reference` is the policy's
+    initial weights (the papers' setting; with a `path` that a `reward` stage wrote, what that stage started from),
+    the policy that sampled (`behaviour`) or the policy's moving average (`ema`).
+    """
+
+    kind: ClassVar[Literal["outcome", "process"]] = "process"
+
+    type: Literal["implicit_prm"]
+    path: str | None = None
+    beta: PositiveFloat = 0.05
+    reference: Literal["initial", "behaviour", "ema"] = "behaviour"
+    offset: Literal["none", "running", "prompt"] = "running"
+    online: Online | None = None
+
+    @property
+    def labels_outcomes(self) -> bool:
+        return False
+
+    def build(self, context: BuildContext) -> ImplicitPrm:
+        return ImplicitPrm(self, _scorer(self, context), _own_reference(self, context))
+
+
+class ImplicitPrm(RewardSource):
+    """Scores tokens by how much likelier the PRM finds them than its reference does.
+
+    At initialisation PRM and reference are the same weights, scored by the same code in the same batches, so every
+    reward is exactly 0.
+    """
+
+    kind = "process"
+
+    def __init__(self, config: ImplicitPrmConfig, scorer: Scorer, reference: Scorer | None = None) -> None:
+        self.name = config.source_name
+        self.config = config
+        self.scorer = scorer
+        self.running_rate: float | None = None
+        self._own_reference = reference
+        self._reference_key = "reference" if config.reference == "initial" else config.reference
+        self.needs = frozenset() if reference is not None else frozenset({self._reference_key})
+
+    def score(self, rollout: Rollout) -> TokenRewards:
+        """`beta * (log phi - log ref)` of every action token."""
+        import torch
+
+        from rlhf_kit.rollout import Status
+
+        with torch.no_grad():
+            rewards = self._rewards(rollout)
+        return TokenRewards(rewards, torch.full((len(rollout),), int(Status.OK), device=rewards.device))
+
+    def observe(self, outcomes: Tensor) -> None:
+        """Update the running success rate with the outcomes of all ranks."""
+        rate = outcomes.mean().item()
+        before = rate if self.running_rate is None else self.running_rate
+        self.running_rate = RUNNING_RATE_DECAY * before + (1 - RUNNING_RATE_DECAY) * rate
+
+    def loss(self, rollout: Rollout, outcomes: Tensor) -> Tensor:
+        """Cross-entropy of each row's summed reward against its outcome, (B,)."""
+        from rlhf_kit.credit.implicit import outcome_cross_entropy
+
+        return outcome_cross_entropy(self._rewards(rollout), outcomes, self._offset(rollout, outcomes))
+
+    def trainable_parameters(self) -> list[Parameter]:
+        return list(self.scorer.parameters()) if self.config.online is not None else []
+
+    def save(self, folder: Path) -> None:
+        """Write what is not a weight; the trainer saves `trainable_parameters`."""
+        (folder / "implicit_prm.json").write_text(json.dumps({"running_rate": self.running_rate}))
+
+    def load(self, folder: Path) -> None:
+        self.running_rate = json.loads((folder / "implicit_prm.json").read_text())["running_rate"]
+
+    def _rewards(self, rollout: Rollout) -> Tensor:
+        import torch
+
+        from rlhf_kit.credit.implicit import implicit_rewards
+
+        log_probs = self.scorer(rollout)
+        if self._own_reference is None:
+            reference = rollout.logprobs[self._reference_key]
+        else:
+            with torch.no_grad():
+                reference = self._own_reference(rollout)
+        return implicit_rewards(log_probs, reference, rollout.action_mask, self.config.beta)
+
+    def _offset(self, rollout: Rollout, outcomes: Tensor) -> Tensor | float:
+        import torch
+
+        from rlhf_kit.credit.implicit import log_odds
+
+        if self.config.offset == "none":
+            return 0.0
+        if self.config.offset == "prompt":
+            if rollout.peer_outcomes is None:
+                raise ValueError("offset 'prompt' needs Rollout.peer_outcomes, which the trainer fills in")
+            return log_odds(rollout.peer_outcomes)
+        rate = outcomes.mean() if self.running_rate is None else torch.tensor(self.running_rate)
+        return log_odds(rate).to(outcomes.device)
+
+
+def _scorer(config: ImplicitPrmConfig, context: BuildContext) -> Scorer:
+    """The PRM: a second adapter on the policy's base where there is one, else a model of its own."""
+    from peft import PeftModel
+
+    from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
+    from rlhf_kit.models.scorer import Scorer
+
+    if isinstance(context.policy, PeftModel) and config.path is None:
+        name = config.source_name
+        add_adapter_copy(context.policy, name)
+        return Scorer(
+            context.policy,
+            adapter_parameters(context.policy, name),
+            partial(active_adapter, context.policy, name),
+        )
+    return _whole_model(config.path, context, trainable=config.online is not None)
+
+
+def _whole_model(path: str | None, context: BuildContext, trainable: bool) -> Scorer:
+    from trl.trainer.utils import disable_dropout_in_model
+
+    from rlhf_kit.models.loading import load_model
+    from rlhf_kit.models.scorer import Scorer, add_log_prob_head
+
+    policy = context.policy_config
+    if not isinstance(policy, Pretrained):
+        raise ValueError("an implicit PRM needs a policy with weights to start from; train it by an sft stage first")
+    model = load_model(policy.model_copy(update={"path": path or policy.path, "peft": None}))
+    disable_dropout_in_model(model)
+    add_log_prob_head(model, context.temperature)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return Scorer(model.to(context.device), list(model.parameters()) if trainable else [], nullcontext)
+
+
+def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer | None:
+    """The reference that a `reward` stage recorded, unless the policy's initial weights are the same model."""
+    if config.path is None or config.reference != "initial":
+        return None
+    record = Path(config.path) / "prm.json"
+    if not record.is_file():
+        return None
+    path = json.loads(record.read_text())["reference"]
+    if isinstance(context.policy_config, Pretrained) and path == context.policy_config.path:
+        return None
+    return _whole_model(path, context, trainable=False)

@@ -1,0 +1,29 @@
+"""Keep secrets out of whatever is shown: reports, manifests, a tracker's configuration."""
+
+from __future__ import annotations
+
+import re
+
+REDACTED = "[redacted]"
+
+# Names of secrets, and no more: `pad_token` and `max_new_tokens` are ordinary settings.
+_NAME = (
+    r"(?:[\w.-]*(?:api|access|auth|bearer|hub|hf|private|secret|wandb)[_-]?(?:token|key)|hf[_-]?hub[_-]?token"
+    r"|[\w.-]*(?:password|passwd|secret|credentials?))"
+)
+_NAMED = re.compile(rf"(?im)(?P<name>(?<![\w.-]){_NAME}[\"']?[ \t]*[:=][ \t]*)(?P<value>[^\s,}}#]+)")
+_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"|\bwandb_v\d_\w{16,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
+)
+_EMPTY = {"null", "none", "~", '""', "''", "true", "false"}
+
+
+def redact(text: str) -> str:
+    """`text` with the values of secret-looking names (`hub_token: ...`) and well-known key formats replaced."""
+
+    def named(match: re.Match[str]) -> str:
+        value = match["value"]
+        return match["name"] + (value if value.lower() in _EMPTY else REDACTED)
+
+    return _VALUE.sub(REDACTED, _NAMED.sub(named, text))

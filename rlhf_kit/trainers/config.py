@@ -1,0 +1,150 @@
+"""Configuration of the stages: what a recipe may say about `sft`, `reward` and `ppo`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rlhf_kit.config import Config
+from rlhf_kit.data.config import DataConfig
+from rlhf_kit.evals.config import Evaluation, Probability, StepEvaluation, StepTruth
+from rlhf_kit.models.config import ModelConfig, Pretrained
+from rlhf_kit.rewards import RewardConfig
+
+
+class TrainerArgs(Config):
+    """`args` are TRL's and transformers' own argument names."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Sft(Config):
+    """Supervised fine-tuning with TRL's SFTTrainer."""
+
+    type: Literal["sft"]
+    model: ModelConfig
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    evaluation: Evaluation | None = None
+    trainer: TrainerArgs = TrainerArgs()
+
+
+class Reward(Config):
+    """Training of an implicit process reward model from outcome labels (arXiv 2412.01981).
+
+    `ce` is binary cross-entropy with logits on `prompt, completion, label` rows; `dpo`, `nca` and `kto` are TRL's
+    losses on its paired or unpaired rows.
+    """
+
+    type: Literal["reward"]
+    model: ModelConfig
+    reference: Pretrained | None = None
+    objective: Literal["ce", "dpo", "nca", "kto"] = "ce"
+    beta: PositiveFloat = 0.05
+    offset: Literal["none", "running", "prompt"] = "none"
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    step_evaluation: StepEvaluation | None = None
+    trainer: TrainerArgs = TrainerArgs()
+
+
+class Kl(Config):
+    """Penalty on the KL divergence from the reference policy (the policy's initial weights).
+
+    With `target`, the coefficient adapts (Ziegler et al., arXiv 1909.08593, Eq. 4) towards that many nats per
+    completion, over a horizon of `adaptation_horizon` completions.
+    """
+
+    coefficient: NonNegativeFloat = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    where: Literal["reward", "loss"] = "reward"
+    target: PositiveFloat | None = None
+    adaptation_horizon: PositiveInt = 10_000
+
+
+class Credit(Config):
+    """From token rewards to advantages.
+
+    `horizon` says whether a process reward is credited to every earlier token (`return_to_go`) or to its own token
+    alone (`immediate`). `whiten` standardises advantages over the action tokens of all ranks. `scale: group`
+    divides by the group's standard deviation (GRPO). Steps of `min_form` end where `step_pattern` matches.
+    """
+
+    estimator: Literal["gae", "rloo", "group", "reinforce", "prime", "min_form"]
+    gamma: Probability = 1.0
+    lam: Probability = 0.95
+    horizon: Literal["return_to_go", "immediate"] = "return_to_go"
+    whiten: bool = True
+    scale: Literal["none", "group", "batch"] = "none"
+    step_pattern: str = r"\n"
+    kl: Kl = Kl()
+
+
+class Critic(Config):
+    """The value function of `gae`: a linear head on the policy's last hidden state, or a model of its own.
+
+    For the first `warmup_steps` updates the policy stays still while the critic learns.
+    """
+
+    type: Literal["head", "model"] = "head"
+    path: str | None = None
+    learning_rate: PositiveFloat | None = None
+    warmup_steps: NonNegativeInt = 0
+    coefficient: NonNegativeFloat = 0.5
+    clip: PositiveFloat | None = 0.2
+
+
+class AccuracyBand(Config):
+    """Keep the prompts whose group accuracy lies in [low, high] (PRIME, arXiv 2502.01456, section 3.2).
+
+    `mask` takes the other rows out of every loss and statistic; `resample` draws new prompts in their place, at
+    most `max_rounds` times, and masks what is still outside.
+    """
+
+    low: Probability = 0.2
+    high: Probability = 0.8
+    mode: Literal["mask", "resample"] = "mask"
+    max_rounds: PositiveInt = 3
+
+
+class Truncation(Config):
+    """What a completion cut off at the length limit is worth.
+
+    `terminal` treats it as ended; `bootstrap` continues the return with the critic's value; `mask` takes the row
+    out of the losses; `penalty` adds `penalty` to its last action token.
+    """
+
+    policy: Literal["terminal", "bootstrap", "mask", "penalty"] = "terminal"
+    penalty: float = -1.0
+
+
+class Samples(Config):
+    """How many completions of a rollout are kept, with per-token credit, for the report: every `every` steps."""
+
+    every: PositiveInt = 10
+    count: NonNegativeInt = 4
+
+
+class Ppo(Config):
+    """Proximal policy optimisation on TRL's GRPOTrainer with (B, T) advantages."""
+
+    type: Literal["ppo"]
+    model: ModelConfig
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    evaluation: Evaluation | None = None
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    credit: Credit
+    critic: Critic | None = None
+    accuracy_band: AccuracyBand | None = None
+    truncation: Truncation = Truncation()
+    stop_strings: tuple[str, ...] = ()
+    step_truth: StepTruth | None = None
+    samples: Samples = Samples()
+    ema_decay: Probability = 0.99
+    max_skipped_steps: PositiveInt = 10
+    trainer: TrainerArgs = TrainerArgs()
+
+
+StageConfig = Annotated[Sft | Reward | Ppo, Field(discriminator="type")]

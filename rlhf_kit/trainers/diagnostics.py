@@ -1,0 +1,210 @@
+"""What is logged of a rollout: TRL's metrics by their own names, ours beside them, and samples for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_kit.credit import masked_mean, masked_var
+from rlhf_kit.credit.spans import step_ids
+from rlhf_kit.data.messages import completion_text
+from rlhf_kit.evals.steps import auc, step_labels
+from rlhf_kit.rollout import Rollout
+from rlhf_kit.trainers.assign import Credited, Episode, WeightedRewards
+from rlhf_kit.trainers.config import Ppo
+from rlhf_kit.trainers.rollouts import Ranks
+from rlhf_kit.trainers.scoring import Scores
+
+if TYPE_CHECKING:
+    from rlhf_kit.trainers.ppo import PpoTrainer
+
+StepLabels = list[list[tuple[int, int, bool]]]
+
+
+class RolloutLog:
+    """Writes the metrics and samples of one rollout."""
+
+    def __init__(
+        self,
+        config: Ppo,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: Ranks,
+        log_samples: Callable[[int, list[dict[str, Any]]], None] | None,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._ranks = ranks
+        self._log_samples = log_samples
+        self._last_sampled = -1
+
+    def write(
+        self,
+        trainer: PpoTrainer,
+        rollout: Rollout,
+        scores: Scores,
+        weighted: list[WeightedRewards],
+        episode: Episode,
+        credited: Credited,
+    ) -> None:
+        """Log this rollout through the trainer; `weighted`, `episode` and `credited` are those of all ranks."""
+        metrics = self._common(scores)
+        metrics |= self._credit_metrics(scores, episode, credited)
+        truth = self._step_labels(rollout)
+        metrics |= self._process_metrics(rollout, scores, truth)
+        for name, value in metrics.items():
+            trainer.log_metric(name, value)
+        self._replace_trl(trainer, scores, weighted, episode, credited)
+        every = self._config.samples.every
+        if self._log_samples and rollout.step // every != self._last_sampled:
+            self._last_sampled = rollout.step // every
+            self._log_samples(rollout.step, self._samples(rollout, scores, episode, credited, truth))
+
+    def _common(self, scores: Scores) -> dict[str, float]:
+        """The sources' own numbers, averaged over ranks."""
+        names = sorted(scores.metrics)
+        if not names:
+            return {}
+        values = torch.tensor([[scores.metrics[name] for name in names]], device=scores.valid.device)
+        return dict(zip(names, self._ranks.all_rows(values).mean(dim=0).tolist(), strict=True))
+
+    def _credit_metrics(self, scores: Scores, episode: Episode, credited: Credited) -> dict[str, float]:
+        live = episode.live
+        metrics = {f"credit/share/{name}": share for name, share in credited.shares.items()}
+        metrics["credit/advantage_std"] = masked_var(credited.advantages, live).sqrt().item()
+        metrics["credit/dropped_rows"] = 1 - episode.valid.float().mean().item()
+        if scores.outcomes is not None:
+            metrics["accuracy"] = self._ranks.all_rows(scores.outcomes).mean().item()
+        if credited.returns is not None and episode.values is not None:
+            variance = masked_var(credited.returns, live)
+            residual = masked_var(credited.returns - episode.values, live)
+            if variance > 0:
+                metrics["value/explained_variance"] = (1 - residual / variance).item()
+            metrics["value/mean"] = masked_mean(episode.values, live).item()
+        return metrics
+
+    def _step_labels(self, rollout: Rollout) -> StepLabels | None:
+        truth = self._config.step_truth
+        if truth is None:
+            return None
+        return [
+            step_labels(completion_text(completion), gold, truth.separator)
+            for completion, gold in zip(rollout.completions, rollout.columns[truth.column], strict=True)
+        ]
+
+    def _process_metrics(
+        self, rollout: Rollout, scores: Scores, truth: StepLabels | None
+    ) -> dict[str, float]:
+        """How well process rewards tell right from wrong: by completion, and by step where the truth is known."""
+        metrics = {}
+        for source in self._config.rewards:
+            if source.kind != "process":
+                continue
+            name = source.source_name
+            tokens = scores.rewards[name].tokens
+            if scores.outcomes is not None:
+                sums, outcomes = self._ranks.all_rows(tokens.sum(dim=1)), self._ranks.all_rows(scores.outcomes)
+                right = outcomes >= 0.5
+                area = auc(sums[right].tolist(), sums[~right].tolist())
+                if area is not None:
+                    metrics[f"prm/{name}/outcome_auc"] = area
+            if truth is not None:
+                area = self._step_auc(rollout, tokens, truth)
+                if area is not None:
+                    metrics[f"prm/{name}/step_auc"] = area
+        return metrics
+
+    def _step_auc(self, rollout: Rollout, tokens: torch.Tensor, truth: StepLabels) -> float | None:
+        texts = [completion_text(completion) for completion in rollout.completions]
+        segments = [_cover(labels, text) for labels, text in zip(truth, texts, strict=True)]
+        rows = step_ids(rollout.offsets, segments, rollout.action_mask)
+        rewards: tuple[list[float], list[float]] = ([], [])
+        for row, labels in enumerate(truth):
+            for step, (_, _, correct) in enumerate(labels):
+                rewards[correct].append(tokens[row][rows[row] == step].sum().item())
+        wrong, right = (self._ranks.all_objects(values) for values in rewards)
+        return auc(right, wrong)
+
+    def _replace_trl(
+        self,
+        trainer: PpoTrainer,
+        scores: Scores,
+        weighted: list[WeightedRewards],
+        episode: Episode,
+        credited: Credited,
+    ) -> None:
+        """TRL logged zeros under its own names; put the numbers there."""
+        by_source = {
+            source.source_name: self._ranks.all_rows(scores.rewards[source.source_name].tokens.sum(dim=1))
+            for source in self._config.rewards
+        }
+        for name, sums in by_source.items():
+            trainer.replace_metric(f"rewards/{name}/mean", sums.mean().item())
+            trainer.replace_metric(f"rewards/{name}/std", sums.std().item() if len(sums) > 1 else 0.0)
+        total = torch.stack([source.tokens.sum(dim=1) for source in weighted]).sum(dim=0)
+        groups = total.view(-1, episode.group_size)
+        spread = groups.std(dim=1) if episode.group_size > 1 else torch.zeros(len(groups))
+        trainer.replace_metric("reward", total.mean().item())
+        trainer.replace_metric("reward_std", total.std().item() if len(total) > 1 else 0.0)
+        trainer.replace_metric("frac_reward_zero_std", (spread < 1e-8).float().mean().item())
+        mean_advantage = credited.advantages.sum(dim=1) / episode.live.sum(dim=1).clamp(min=1)
+        trainer.replace_completion_log(
+            {name: sums.tolist() for name, sums in by_source.items()}, mean_advantage.tolist()
+        )
+
+    def _samples(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        episode: Episode,
+        credited: Credited,
+        truth: StepLabels | None,
+    ) -> list[dict[str, Any]]:
+        advantages = self._ranks.own_rows(credited.advantages, rollout.action_mask)
+        values = None if episode.values is None else self._ranks.own_rows(episode.values, rollout.action_mask)
+        samples = []
+        for row in range(min(self._config.samples.count, len(rollout))):
+            length = int(rollout.completion_mask[row].sum())
+            text = completion_text(rollout.completions[row])
+            ids = rollout.completion_ids[row, :length].tolist()
+            pieces = [
+                text[start:end] or self._tokenizer.convert_ids_to_tokens(token)
+                for token, (start, end) in zip(ids, rollout.offsets[row][:length], strict=True)
+            ]
+            samples.append(
+                {
+                    "step": rollout.step,
+                    "prompt": _prompt_text(rollout.prompts[row]),
+                    "completion": text,
+                    "tokens": pieces,
+                    "advantages": advantages[row, :length].tolist(),
+                    "rewards": {k: v.tokens[row, :length].tolist() for k, v in scores.rewards.items()},
+                    "values": None if values is None else values[row, :length].tolist(),
+                    "kl": self._kl(rollout, row, length),
+                    "action_mask": rollout.action_mask[row, :length].tolist(),
+                    "outcome": None if scores.outcomes is None else scores.outcomes[row].item(),
+                    "step_truth": None if truth is None else [correct for _, _, correct in truth[row]],
+                }
+            )
+        return samples
+
+    @staticmethod
+    def _kl(rollout: Rollout, row: int, length: int) -> list[float] | None:
+        if "reference" not in rollout.logprobs or "behaviour" not in rollout.logprobs:
+            return None
+        return (rollout.logprobs["behaviour"] - rollout.logprobs["reference"])[row, :length].tolist()
+
+
+def _cover(labels: list[tuple[int, int, bool]], text: str) -> list[tuple[int, int]]:
+    """The labelled steps, each from the end of the one before, and what is left of the text as the last."""
+    ends = [0, *(end for _, end, _ in labels)]
+    steps = list(zip(ends, ends[1:], strict=False))
+    return steps if ends[-1] == len(text) else [*steps, (ends[-1], len(text))]
+
+
+def _prompt_text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in prompt)

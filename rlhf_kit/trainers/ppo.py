@@ -1,0 +1,370 @@
+"""PPO on TRL's GRPOTrainer: token rewards of any sources, (B, T) advantages, a critic, an online PRM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOConfig
+
+from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
+from rlhf_kit.credit.spans import segment, step_ids
+from rlhf_kit.data.messages import completion_text
+from rlhf_kit.errors import RunError
+from rlhf_kit.evals.accuracy import greedy_scores
+from rlhf_kit.models.adapters import active_adapter
+from rlhf_kit.models.critic import CriticModel, ValueHead, add_critic, values_of_completion
+from rlhf_kit.models.ema import MovingAverage
+from rlhf_kit.models.loading import load_model
+from rlhf_kit.models.scorer import Scorer, add_log_prob_head, rollout_outputs
+from rlhf_kit.rewards.config import BuildContext
+from rlhf_kit.rewards.implicit_prm import ImplicitPrm
+from rlhf_kit.rollout import Rollout, Text
+from rlhf_kit.trainers.assign import Episode, WeightedRewards, assign_credit
+from rlhf_kit.trainers.config import Critic, Ppo
+from rlhf_kit.trainers.diagnostics import RolloutLog
+from rlhf_kit.trainers.export import write_model, write_prm_record
+from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets
+from rlhf_kit.trainers.scoring import Scores, Scoring
+from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, is_finite
+
+GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
+
+
+class PpoTrainer(CreditTrainer):
+    """Trains a policy on the credit that the recipe's sources and estimator give to its tokens.
+
+    Args:
+        config: the `ppo` stage.
+        model: the policy, with a LoRA adapter or whole.
+        processing_class: its tokenizer.
+        args: TRL's configuration; its `beta` is 0, for the KL belongs to `config.credit.kl`.
+        train_dataset, eval_dataset: prompts with the columns that the sources need.
+        functions: reward functions by name.
+        log_samples: receives the samples of a rollout, for the report.
+    """
+
+    def __init__(
+        self,
+        config: Ppo,
+        model: PreTrainedModel | PeftModel,
+        processing_class: PreTrainedTokenizerBase,
+        args: GRPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        log_samples: Callable[[int, list[dict[str, Any]]], None] | None = None,
+    ) -> None:
+        self.config = config
+        names = [source.source_name for source in config.rewards]
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+            reward_names=names,
+        )
+        self.ranks = Ranks(self.accelerator)
+        policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        context = BuildContext(
+            self.model, config.model, self.temperature, self.accelerator.device, functions or {}
+        )
+        sources = [source.build(context) for source in config.rewards]
+        self.scoring = Scoring(config.rewards, sources, config.accuracy_band, self.ranks)
+        self.needs = frozenset().union(*(source.needs for source in sources))
+        kl = config.credit.kl
+        self.uses_kl = kl.coefficient > 0
+        self.kl_coefficient = kl.coefficient
+        self.reference = self._reference() if self.uses_kl or "reference" in self.needs else None
+        self.average = MovingAverage(policy, config.ema_decay) if "ema" in self.needs else None
+        if self.average is not None:
+            self.add_callback(_FollowPolicy(self.average))
+        self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
+        if self.critic_config is not None:
+            add_critic(policy, self._critic(self.critic_config, policy))
+        self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
+        self.skipped_updates = 0
+        self.evaluations: list[tuple[int, float]] = []
+        self._window = {"broken": False, "live": 0.0}
+
+    # -- credit -----------------------------------------------------------------------------------------------------
+
+    def assign_credit(
+        self, batch: Batch, rows: list[dict[str, Any]], prompts: list[Text], completions: list[Text]
+    ) -> Batch:
+        """Score the rollout by every source and put the advantages of its tokens into the batch."""
+        rollout = build_rollout(
+            batch,
+            rows,
+            prompts,
+            completions,
+            temperature=self.temperature,
+            group_size=self.num_generations,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            step=self.state.global_step,
+        )
+        rollout = replace(rollout, offsets=rollout_offsets(self.processing_class, rollout))
+        truncated = self._truncated(rollout)
+        with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
+            rollout, state_values = self._add_log_probs(rollout)
+            scores = self.scoring.score_outcomes(rollout)
+        if self.config.truncation.policy == "mask":
+            scores.valid &= ~truncated
+        with self.accelerator.autocast():
+            self.scoring.learn_and_score(rollout, scores)
+        weighted = self.scoring.weighted(rollout, scores)
+        weighted += self._kit_rewards(rollout, scores, truncated)
+        episode = self._episode(rollout, scores, truncated, state_values)
+        credited = assign_credit(self.config.credit, weighted, episode)
+        advantages = self.ranks.own_rows(credited.advantages, rollout.action_mask)
+        batch["advantages"] = advantages
+        if state_values is not None and credited.returns is not None:
+            batch["old_values"] = values_of_completion(state_values, rollout.action_mask.shape[1])
+            batch["returns"] = self.ranks.own_rows(credited.returns, rollout.action_mask)
+        if self.uses_kl and self.config.credit.kl.where == "loss":
+            batch["reference_logprobs"] = rollout.logprobs["reference"]
+        self._drop_rows(batch, rollout, self.ranks.own_rows(episode.valid, scores.valid))
+        self.rollout_log.write(self, rollout, scores, weighted, episode, credited)
+        return batch
+
+    @torch.no_grad()
+    def _add_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """Log-probabilities that a source or the KL asks for, and the critic's values, in one pass a model."""
+        log_probs: dict[str, Tensor] = {}
+        state_values = None
+        if self.critic_config is not None:
+            log_probs["behaviour"], state_values = rollout_outputs(
+                self.model, rollout, ("log_probs", "state_values"), with_values=True
+            )
+        elif self.uses_kl or "behaviour" in self.needs:
+            (log_probs["behaviour"],) = rollout_outputs(self.model, rollout)
+        if self.reference is not None:
+            log_probs["reference"] = self.reference(rollout)
+        if self.average is not None:
+            (log_probs["ema"],) = rollout_outputs(self.average.model, rollout)
+        return replace(rollout, logprobs=log_probs), state_values
+
+    def _kit_rewards(self, rollout: Rollout, scores: Scores, truncated: Tensor) -> list[WeightedRewards]:
+        """The KL penalty and the penalty on cut-off completions, as sources of their own."""
+        rewards = []
+        if self.uses_kl:
+            kl = self.config.credit.kl
+            penalty = kl_penalty(rollout.logprobs["behaviour"], rollout.logprobs["reference"], kl.estimator)
+            penalty = self.ranks.all_rows(masked_by(rollout.action_mask & scores.valid[:, None], penalty))
+            live = self.ranks.all_rows(rollout.action_mask & scores.valid[:, None])
+            scores.metrics["kl"] = masked_mean(penalty, live).item()
+            scores.metrics["credit/kl_coefficient"] = self.kl_coefficient
+            if kl.where == "reward":
+                rewards.append(WeightedRewards("kl", "process", -self.kl_coefficient * penalty))
+            per_completion = penalty.sum().item() / max(int(live.any(dim=1).sum()), 1)
+            if kl.target is not None:
+                control = AdaptiveKl(self.kl_coefficient, kl.target, kl.adaptation_horizon)
+                self.kl_coefficient = control.update(per_completion, len(live))
+        if self.config.truncation.policy == "penalty":
+            last = last_action_index(rollout.action_mask)
+            tokens = torch.zeros_like(rollout.action_mask, dtype=torch.float32)
+            hit = truncated & rollout.action_mask.any(dim=1)
+            tokens[hit, last[hit]] = self.config.truncation.penalty
+            rewards.append(WeightedRewards("truncation", "outcome", self.ranks.all_rows(tokens)))
+        return rewards
+
+    def _episode(
+        self, rollout: Rollout, scores: Scores, truncated: Tensor, state_values: Tensor | None
+    ) -> Episode:
+        mask, valid = self.ranks.all_rows(rollout.action_mask), self.ranks.all_rows(scores.valid)
+        if self.config.credit.estimator in GROUP_ESTIMATORS:
+            crowd = valid.view(-1, rollout.group_size).sum(dim=1).repeat_interleave(rollout.group_size)
+            scores.metrics["credit/small_groups"] = ((crowd == 1) & valid).float().mean().item()
+            valid = valid & (crowd > 1)
+        values = bootstrap = steps = None
+        length = rollout.action_mask.shape[1]
+        if state_values is not None:
+            values = self.ranks.all_rows(values_of_completion(state_values, length))
+            if self.config.truncation.policy == "bootstrap":
+                last = last_action_index(rollout.action_mask).clamp(min=0)
+                behind = state_values[:, -length:].gather(1, last[:, None]).squeeze(1)
+                bootstrap = self.ranks.all_rows(torch.where(truncated, behind, 0.0))
+        if self.config.credit.estimator == "min_form":
+            texts = [completion_text(completion) for completion in rollout.completions]
+            segments = [segment(text, self.config.credit.step_pattern) for text in texts]
+            steps = self.ranks.all_rows(step_ids(rollout.offsets, segments, rollout.action_mask) + 1) - 1
+        return Episode(mask, valid, rollout.group_size, values, bootstrap, steps)
+
+    def _drop_rows(self, batch: Batch, rollout: Rollout, valid: Tensor) -> None:
+        """Rows that do not count leave the policy, KL, entropy and value losses, and the token count of all."""
+        if not bool(valid.all()):
+            live = rollout.action_mask & valid[:, None]
+            batch["tool_mask"] = live.to(batch["completion_mask"].dtype)
+        live_tokens = (rollout.action_mask & valid[:, None]).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(live_tokens).sum()
+
+    def _truncated(self, rollout: Rollout) -> Tensor:
+        """(B,) rows that reached the length limit without an end-of-sequence token or a stop string."""
+        lengths = rollout.completion_mask.sum(dim=1)
+        last = rollout.completion_ids.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+        ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
+        texts = [completion_text(completion) for completion in rollout.completions]
+        stopped = [any(text.endswith(stop) for stop in self.config.stop_strings) for text in texts]
+        return ~ended & ~torch.tensor(stopped, device=last.device) & (lengths > 0)
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def forward_options(self) -> dict[str, Any]:
+        return {"with_values": True} if self.critic_config is not None else {}
+
+    def auxiliary_loss(self, output: Any, batch: Batch) -> Tensor | None:
+        """Clipped value loss and KL in the loss, each a mean over the live tokens of the whole rollout."""
+        mask = batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            mask = mask & batch["tool_mask"].bool()
+        self._window["live"] += float(mask.sum())
+        # TRL's own normaliser of `dapo`: the token count of all ranks, scaled to one accumulation window.
+        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        losses = []
+        if self.critic_config is not None:
+            values = values_of_completion(output.state_values, mask.shape[1])
+            loss = value_loss(values, batch["old_values"], batch["returns"], self.critic_config.clip)
+            total = masked_by(mask, loss).sum() / tokens
+            self.log_metric("value/loss", total.item())
+            losses.append(self.critic_config.coefficient * total)
+        if "reference_logprobs" in batch:
+            log_probs = output.log_probs[:, -mask.shape[1] :].float()
+            penalty = kl_penalty(log_probs, batch["reference_logprobs"], self.config.credit.kl.estimator)
+            losses.append(self.kl_coefficient * masked_by(mask, penalty).sum() / tokens)
+        return torch.stack(losses).sum() if losses else None
+
+    def policy_loss_scale(self) -> float:
+        warming = self.critic_config is not None and self.state.global_step < self.critic_config.warmup_steps
+        return 0.0 if warming else 1.0
+
+    def update_is_sound(self, loss: Tensor | None, grad_norm: float | None) -> bool:
+        """A loss or gradient that is not finite on any rank, or a window without a live token, is not applied."""
+        if loss is not None:
+            broken = self.ranks.sum((~torch.isfinite(loss.detach())).float().reshape(1)).item() > 0
+            self._window["broken"] = bool(self._window["broken"]) or broken
+            return not broken
+        live = self.ranks.sum(torch.tensor([self._window["live"]], device=self.accelerator.device)).item()
+        broken = bool(self._window["broken"]) or not is_finite(grad_norm)
+        self._window = {"broken": False, "live": 0.0}
+        if broken:
+            self.skipped_updates += 1
+            if self.skipped_updates > self.config.max_skipped_steps:
+                raise RunError(
+                    f"{self.skipped_updates} updates were skipped because the loss or its gradient was not finite "
+                    f"(step {self.state.global_step}, gradient norm {grad_norm}); lower the learning rate or clip "
+                    "more (max_grad_norm), look for extreme rewards in metrics.jsonl, or raise max_skipped_steps"
+                )
+        self.log_metric("skipped_steps", float(self.skipped_updates))
+        self.log_metric("empty_steps", float(live == 0))
+        return not broken and live > 0
+
+    @property
+    def last_evaluated(self) -> int | None:
+        """The step of the last evaluation."""
+        return self.evaluations[-1][0] if self.evaluations else None
+
+    def export_sources(self, folder: Path) -> None:
+        """Write what online PRMs have learnt, each as a model or adapter that loads on its own."""
+        for config, source in zip(self.scoring.configs, self.scoring.sources, strict=True):
+            if isinstance(source, ImplicitPrm) and source.trainable_parameters():
+                target = folder / ("prm" if config.source_name == config.type else config.source_name)
+                if self.accelerator.is_main_process:
+                    shared = isinstance(source.scorer.model, PeftModel)
+                    write_model(
+                        source.scorer.model,
+                        target,
+                        self.processing_class,
+                        adapter=config.source_name if shared else "default",
+                    )
+                    write_prm_record(target, source.config.beta, self.config.model.path)
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _reference(self) -> Scorer:
+        """The policy's initial weights: its base model with LoRA, else a frozen second copy."""
+        if isinstance(self.model, PeftModel):
+            return Scorer(self.model, [], partial(active_adapter, self.model, None))
+        model = load_model(self.config.model).requires_grad_(False).eval()
+        add_log_prob_head(model, self.temperature)
+        return Scorer(model.to(self.accelerator.device), [], nullcontext)
+
+    @staticmethod
+    def _critic(config: Critic, policy: PreTrainedModel) -> ValueHead | CriticModel:
+        if config.type == "model":
+            return CriticModel(config.path or policy.config._name_or_path, policy.dtype)
+        return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's optimiser, with the critic's parameters in a group of their own learning rate."""
+        optimizer = super().create_optimizer(model)
+        rate = self.critic_config.learning_rate if self.critic_config is not None else None
+        if rate is not None:
+            names = {name: p for name, p in self.model.named_parameters() if ".critic." in f".{name}"}
+            critic = {id(parameter) for parameter in names.values()}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in critic]
+            optimizer.add_param_group({"params": list(names.values()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out accuracy by greedy decoding."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        assert self.config.evaluation is not None
+        training = self.model.training
+        with self.eval_mode_generation() as model:
+            scores = greedy_scores(
+                model,
+                self.processing_class,
+                dataset,
+                self.config.evaluation,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            )
+        scores = self.ranks.all_objects(scores)
+        self.model.eval()
+        metrics = {f"{metric_key_prefix}_accuracy": sum(scores) / len(scores)}
+        self.log(dict(metrics))
+        self.model.train(training)
+        self.evaluations.append((self.state.global_step, metrics[f"{metric_key_prefix}_accuracy"]))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _FollowPolicy(TrainerCallback):
+    """Moves the average after every optimiser step."""
+
+    def __init__(self, average: MovingAverage) -> None:
+        self._average = average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._average.update()
+
+
+def value_loss(
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    clip: float | None,
+) -> Float[Tensor, "B T"]:
+    """`0.5 * max((V - R)^2, (clip(V, V_old +- clip) - R)^2)` (Schulman et al., arXiv 1707.06347; clipping as in PPO2)."""
+    plain = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * plain
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum(plain, (clipped - returns) ** 2)

@@ -1,0 +1,92 @@
+"""A generated TRL batch as the kit's rollout, and the view over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_kit.credit.spans import token_offsets
+from rlhf_kit.rollout import CharRange, Rollout, Text
+
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+
+
+def build_rollout(
+    batch: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    *,
+    temperature: float,
+    group_size: int,
+    micro_batch_size: int,
+    step: int,
+) -> Rollout:
+    """The rollout of this rank's rows, still without log-probabilities and offsets."""
+    completion_mask = batch["completion_mask"].bool()
+    tool_mask = batch.get("tool_mask")
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in NOT_COLUMNS}
+    return Rollout(
+        prompts=prompts,
+        completions=completions,
+        prompt_ids=batch["prompt_ids"],
+        prompt_mask=batch["prompt_mask"].bool(),
+        completion_ids=batch["completion_ids"],
+        completion_mask=completion_mask,
+        action_mask=completion_mask if tool_mask is None else completion_mask & tool_mask.bool(),
+        temperature=temperature,
+        columns=columns,
+        group_size=group_size,
+        micro_batch_size=micro_batch_size,
+        step=step,
+    )
+
+
+def rollout_offsets(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[list[CharRange]]:
+    """Character ranges of every sampled token, by row; empty ranges on padding."""
+    offsets = []
+    for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True):
+        ranges = token_offsets(tokenizer, ids[mask].tolist())
+        end = ranges[-1][1] if ranges else 0
+        offsets.append(ranges + [(end, end)] * (len(ids) - len(ranges)))
+    return offsets
+
+
+class Ranks:
+    """The rows of all ranks, in the order of the data: rank 0's first."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def all_rows(self, tensor: Tensor) -> Tensor:
+        """(B, ...) of every rank concatenated; a ragged second dimension is padded with 0 on the right."""
+        if self._accelerator.num_processes == 1:
+            return tensor
+        if tensor.ndim > 1:
+            tensor = self._accelerator.pad_across_processes(tensor, dim=1)
+        return self._accelerator.gather(tensor)
+
+    def own_rows(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """This rank's rows of an `all_rows` tensor, cut to the width of `like`."""
+        start = self._accelerator.process_index * len(like)
+        own = tensor[start : start + len(like)]
+        return own[:, : like.shape[1]] if like.ndim > 1 and own.ndim > 1 else own
+
+    def all_objects(self, values: list[Any]) -> list[Any]:
+        """Python objects of every rank in one list."""
+        return gather_object(values)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over ranks."""
+        return self._accelerator.reduce(tensor, reduction="sum")
+
+
+def masked_by(mask: Tensor, values: Tensor) -> Tensor:
+    """`values` with exactly 0 outside the mask, whatever stood there."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))

@@ -1,0 +1,72 @@
+"""The `ppo` stage: from its configuration to a trained policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import set_seed
+from trl import GRPOConfig
+
+from rlhf_kit.data.load import load_data
+from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.trainers.config import Ppo
+from rlhf_kit.trainers.export import export_model
+from rlhf_kit.trainers.ppo import PpoTrainer
+from rlhf_kit.trainers.setup import StageRun, build_args, train
+
+
+def run_ppo(stage: Ppo, run: StageRun) -> dict[str, Any]:
+    """Train the policy, write `model/` (and `prm/`), and return the stage's results."""
+    trainer = build_ppo_trainer(stage, run)
+    evaluates = stage.evaluation is not None
+    results: dict[str, Any] = {}
+    if evaluates and run.last_checkpoint() is None:
+        trainer.evaluate()
+    train(trainer, run)
+    if evaluates and trainer.last_evaluated != trainer.state.global_step:
+        trainer.evaluate()
+    export_model(trainer, run.folder / "model")
+    trainer.export_sources(run.folder)
+    results |= {"updates": trainer.state.global_step, "skipped_updates": trainer.skipped_updates}
+    accuracies = trainer.evaluations
+    if accuracies:
+        results |= {"eval_accuracy_start": accuracies[0][1], "eval_accuracy": accuracies[-1][1]}
+    return results
+
+
+def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:
+    """The trainer of a `ppo` stage."""
+    args = ppo_args(stage, run)
+    set_seed(args.seed)
+    return PpoTrainer(
+        config=stage,
+        model=load_model(stage.model),
+        processing_class=load_tokenizer(stage.model),
+        args=args,
+        train_dataset=load_data(stage.data),
+        eval_dataset=load_data(stage.eval_data) if stage.eval_data is not None else None,
+        functions=run.functions,
+        callbacks=run.callbacks,
+        log_samples=run.log_samples,
+    )
+
+
+def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
+    """TRL's GRPOConfig for a stage. Its `beta` is 0: the KL belongs to `credit.kl`."""
+    given = dict(stage.trainer.args)
+    generations = given.get("num_generations")
+    if generations == 1:
+        # TRL refuses a group of one when it is built, though nothing in it needs more once advantages are ours.
+        given["num_generations"] = 2
+        per_device = given.get("per_device_train_batch_size", 8)
+        if per_device % 2:
+            given["num_generations"] = per_device * given.get("gradient_accumulation_steps", 1)
+    if stage.stop_strings:
+        given["generation_kwargs"] = {
+            "stop_strings": list(stage.stop_strings), **given.get("generation_kwargs", {})
+        }
+    args = build_args(GRPOConfig, run, given, beta=0.0, loss_type="dapo", remove_unused_columns=False)
+    if generations == 1:
+        args.num_generations = 1
+        args.num_generations_eval = 1
+    return args

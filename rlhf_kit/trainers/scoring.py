@@ -1,0 +1,193 @@
+"""Running of the reward sources on a rollout: scores, failures, online learning, normalisation and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_kit.credit import rloo
+from rlhf_kit.errors import RunError
+from rlhf_kit.rewards.config import SourceConfig
+from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.rollout import RewardSource, Rollout, Status, TokenRewards
+from rlhf_kit.trainers.assign import WeightedRewards
+from rlhf_kit.trainers.config import AccuracyBand
+from rlhf_kit.trainers.online import OnlineUpdate
+from rlhf_kit.trainers.rollouts import Ranks, masked_by
+
+
+@dataclass
+class Scores:
+    """What the sources said of this rank's rows, growing while they are asked.
+
+    Attributes:
+        rewards: token rewards by source.
+        valid: (B,) rows that count.
+        outcomes: (B,) outcome labels in [0, 1], if a source gives them.
+        metrics: for the log.
+    """
+
+    rewards: dict[str, TokenRewards]
+    valid: Bool[Tensor, "B"]
+    outcomes: Float[Tensor, "B"] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class RunningScale:
+    """Standard deviation of everything seen so far (Welford's method, merged by batch)."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.mean = 0.0
+        self.squares = 0.0
+
+    def update(self, values: Float[Tensor, "N"]) -> float:
+        """Take the values in; returns the standard deviation, or 1 while it is 0."""
+        if len(values) > 0:
+            mean, size = values.mean().item(), len(values)
+            total = self.count + size
+            delta = mean - self.mean
+            self.squares += ((values - mean) ** 2).sum().item() + delta**2 * self.count * size / total
+            self.mean += delta * size / total
+            self.count = total
+        deviation = (self.squares / max(self.count - 1, 1)) ** 0.5
+        return deviation if deviation > 0 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers for a checkpoint."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over the numbers of `state_dict`."""
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+
+
+class Scoring:
+    """Asks every source, in the order in which they depend on each other.
+
+    Outcome sources first: their labels drop prompts outside the accuracy band and teach the online sources, which
+    then score, with the others.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[SourceConfig],
+        sources: Sequence[RewardSource],
+        band: AccuracyBand | None,
+        ranks: Ranks,
+    ) -> None:
+        self.configs = list(configs)
+        self.sources = list(sources)
+        self.scales = {source.name: RunningScale() for source in sources}
+        self.online = {
+            source.name: OnlineUpdate(source, config.online.learning_rate, config.online.max_grad_norm, ranks)
+            for config, source in zip(self.configs, self.sources, strict=True)
+            if isinstance(config, ImplicitPrmConfig) and config.online and config.online.order == "before_scoring"
+        }
+        self._band = band
+        self._ranks = ranks
+
+    def score_outcomes(self, rollout: Rollout) -> Scores:
+        """Outcome sources, the labels they give, and the rows that are left."""
+        scores = Scores({}, valid=rollout.action_mask.any(dim=1))
+        labels = []
+        for config, source in zip(self.configs, self.sources, strict=True):
+            if source.kind != "outcome":
+                continue
+            rewards = self._ask(config, source, rollout, scores)
+            if getattr(config, "labels_outcomes", False):
+                labels.append((rewards.tokens.sum(dim=1), rewards.status == Status.OK))
+        if labels:
+            given = torch.stack([ok for _, ok in labels])
+            values = torch.stack([value for value, _ in labels])
+            scores.outcomes = torch.where(given, values, 0.0).sum(dim=0) / given.sum(dim=0).clamp(min=1)
+            unlabelled = ~given.any(dim=0)
+            if self._band is not None or self.online:
+                scores.valid &= ~unlabelled
+            self._apply_band(rollout, scores)
+        return scores
+
+    def learn_and_score(self, rollout: Rollout, scores: Scores) -> None:
+        """Online sources learn from the outcomes; then every process source scores."""
+        if scores.outcomes is not None:
+            rollout = replace(rollout, peer_outcomes=self._peer_outcomes(rollout, scores))
+        for config, source in zip(self.configs, self.sources, strict=True):
+            if source.kind != "process":
+                continue
+            update = self.online.get(source.name)
+            if update is not None and scores.outcomes is not None:
+                valid = self._ranks.all_rows(scores.valid)
+                if valid.any():
+                    source.observe(self._ranks.all_rows(scores.outcomes)[valid])
+                learnt = update.step(rollout, scores.outcomes, scores.valid)
+                scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt.items()})
+            self._ask(config, source, rollout, scores)
+
+    def weighted(self, rollout: Rollout, scores: Scores) -> list[WeightedRewards]:
+        """Rewards of all ranks after each source's normalisation and weight."""
+        valid = self._ranks.all_rows(scores.valid)
+        weighted = []
+        for config, source in zip(self.configs, self.sources, strict=True):
+            tokens = self._ranks.all_rows(scores.rewards[source.name].tokens)
+            if config.normalize != "none":
+                sums = tokens.sum(dim=1)[valid]
+                scale = self.scales[source.name] if config.normalize == "running" else RunningScale()
+                tokens = tokens / scale.update(sums)
+            weighted.append(WeightedRewards(source.name, source.kind, tokens * config.weight_at(rollout.step)))
+        return weighted
+
+    def _ask(self, config: SourceConfig, source: RewardSource, rollout: Rollout, scores: Scores) -> TokenRewards:
+        rewards, error = None, None
+        try:
+            rewards = source.score(rollout)
+        except Exception as caught:  # every rank must learn of it before the next collective, or the others hang
+            error = caught
+        failures = self._ranks.sum(torch.tensor([float(error is not None)], device=rollout.action_mask.device))
+        if failures.item() > 0 or rewards is None:
+            where = "on this process" if error is not None else "on another process"
+            raise RunError(f"reward source '{source.name}' failed {where}: {error}") from error
+        rewards = self._without_broken_rows(rewards, rollout)
+        scores.rewards[source.name] = rewards
+        if config.required:
+            scores.valid &= rewards.status != Status.FAILED
+        failed = (rewards.status == Status.FAILED).float().mean().item()
+        scores.metrics[f"rewards/{source.name}/failed"] = failed
+        scores.metrics.update({f"rewards/{source.name}/{key}": value for key, value in rewards.metrics.items()})
+        return rewards
+
+    @staticmethod
+    def _without_broken_rows(rewards: TokenRewards, rollout: Rollout) -> TokenRewards:
+        """A row whose rewards are not all finite has failed; nothing lies outside the action mask."""
+        tokens = masked_by(rollout.action_mask, rewards.tokens.float())
+        broken = ~tokens.isfinite().all(dim=1)
+        status = torch.where(broken, int(Status.FAILED), rewards.status.to(broken.device))
+        return replace(rewards, tokens=masked_by((status == Status.OK)[:, None], tokens), status=status)
+
+    def _apply_band(self, rollout: Rollout, scores: Scores) -> None:
+        if self._band is None or scores.outcomes is None:
+            return
+        outcomes, valid = self._ranks.all_rows(scores.outcomes), self._ranks.all_rows(scores.valid)
+        inside = in_band(outcomes, valid, rollout.group_size, self._band)
+        scores.metrics["credit/in_band"] = inside.float().mean().item()
+        scores.valid &= self._ranks.own_rows(inside, scores.valid)
+
+    def _peer_outcomes(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B"]:
+        assert scores.outcomes is not None
+        outcomes, valid = self._ranks.all_rows(scores.outcomes), self._ranks.all_rows(scores.valid)
+        groups = valid.view(-1, rollout.group_size).sum(dim=1).repeat_interleave(rollout.group_size)
+        peers = torch.where(valid & (groups > 1), outcomes - rloo(outcomes, rollout.group_size, valid), 0.5)
+        return self._ranks.own_rows(peers, scores.valid)
+
+
+def in_band(
+    outcomes: Float[Tensor, "B"], valid: Bool[Tensor, "B"], group_size: int, band: AccuracyBand
+) -> Bool[Tensor, "B"]:
+    """Rows of the groups whose mean outcome, over their valid rows, lies in [low, high]."""
+    groups, live = outcomes.view(-1, group_size), valid.view(-1, group_size)
+    mean = torch.where(live, groups, 0.0).sum(dim=1) / live.sum(dim=1).clamp(min=1)
+    inside = (mean >= band.low) & (mean <= band.high) & live.any(dim=1)
+    return inside.repeat_interleave(group_size)

@@ -1,0 +1,80 @@
+"""What every stage's trainer is given: its arguments, its folder, its callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from rlhf_kit.errors import RunError
+
+Args = TypeVar("Args", bound=TrainingArguments)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Where and how a stage runs.
+
+    Attributes:
+        folder: the stage's run folder.
+        seed: the recipe's seed.
+        callbacks: loggers and the progress display.
+        functions: reward functions by name.
+        log_samples: receives the samples of a rollout.
+    """
+
+    folder: Path
+    seed: int = 0
+    callbacks: Sequence[TrainerCallback] = ()
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    log_samples: Callable[[int, list[dict[str, Any]]], None] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; the trainer writes its state last, so one without it was cut off."""
+        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defaults: Any) -> Args:
+    """TRL's arguments: the recipe's, over the kit's defaults, over TRL's own.
+
+    The kit logs to its run folder alone unless `report_to` says more, and uses bfloat16 only where the machine
+    computes in it.
+    """
+    kit = {
+        "report_to": "none",
+        "seed": run.seed,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": False,
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    }
+    merged = {**kit, **defaults, **given, "output_dir": str(run.checkpoints)}
+    if merged.get("fp16"):
+        merged["bf16"] = False
+    if not torch.cuda.is_available() and "use_cpu" not in merged:
+        merged["use_cpu"] = True
+    try:
+        return cls(**merged)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"trainer.args: {error}") from error
+
+
+def train(trainer: Trainer, run: StageRun) -> None:
+    """Train from the newest whole checkpoint, if there is one."""
+    checkpoint = run.last_checkpoint()
+    # The kit's own loggers write files and draw; transformers' printing of every log line would only repeat them.
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

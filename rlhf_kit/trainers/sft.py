@@ -1,0 +1,41 @@
+"""The `sft` stage: supervised fine-tuning with TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_kit.data.load import load_data
+from rlhf_kit.evals.accuracy import greedy_scores
+from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.trainers.config import Sft
+from rlhf_kit.trainers.export import export_model
+from rlhf_kit.trainers.setup import StageRun, build_args, train
+
+COLUMNS = ("prompt", "completion", "messages", "text")
+
+
+def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
+    """Fine-tune, write `model/`, and return the stage's results."""
+    args = build_args(SFTConfig, run, stage.trainer.args)
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(stage.model)
+    data = load_data(stage.data)
+    trainer = SFTTrainer(
+        model=load_model(stage.model),
+        args=args,
+        train_dataset=data.select_columns([name for name in COLUMNS if name in data.column_names]),
+        processing_class=tokenizer,
+        callbacks=list(run.callbacks),
+    )
+    train(trainer, run)
+    export_model(trainer, run.folder / "model")
+    results: dict[str, Any] = {"updates": trainer.state.global_step}
+    if stage.evaluation is not None and stage.eval_data is not None:
+        scores = greedy_scores(trainer.model, tokenizer, load_data(stage.eval_data), stage.evaluation)
+        results["eval_accuracy"] = sum(scores) / len(scores)
+        trainer.log({"eval_accuracy": results["eval_accuracy"]})
+    return results

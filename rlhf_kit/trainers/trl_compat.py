@@ -1,0 +1,186 @@
+"""The one place that touches TRL's and transformers' private names.
+
+`CreditTrainer` is TRL's GRPOTrainer with four public hooks in place of its scalar rewards. TRL's loss takes
+advantages of shape (B, T) from a subclass; everything else of GRPOTrainer (generation, vLLM, tools, the fused head,
+PEFT, DeepSpeed) stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+
+from rlhf_kit.rollout import Text
+
+Batch = dict[str, Any]
+
+
+class ForwardRecorder:
+    """Calls the model with more options than TRL knows of, and keeps the output that TRL throws away."""
+
+    def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
+        self._model = model
+        self._options = options
+        self.output: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self._model(*args, **kwargs, **self._options)
+        return self.output
+
+
+class CreditTrainer(GRPOTrainer):
+    """GRPOTrainer whose advantages, extra losses and skipped updates are decided by a subclass.
+
+    Hooks:
+        assign_credit: token advantages of a generated batch.
+        forward_options, auxiliary_loss: what else the policy's forward computes, and the loss on it.
+        update_is_sound: whether the accumulated gradient may be applied.
+    """
+
+    def __init__(self, *args: Any, reward_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, reward_funcs=[_placeholder(name) for name in reward_names], **kwargs)
+        self._texts: tuple[list[Text], list[Text]] = ([], [])
+        self._rows: list[dict[str, Any]] = []
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def assign_credit(
+        self, batch: Batch, rows: list[dict[str, Any]], prompts: list[Text], completions: list[Text]
+    ) -> Batch:
+        """`batch` with `advantages` of shape (B, T)."""
+        raise NotImplementedError
+
+    def forward_options(self) -> dict[str, Any]:
+        """More keyword arguments of the policy's forward in the loss."""
+        return {}
+
+    def auxiliary_loss(self, output: Any, batch: Batch) -> Tensor | None:
+        """A loss beside the policy's, from the forward's output."""
+        return None
+
+    def policy_loss_scale(self) -> float:
+        """What the policy's loss is multiplied by (0 while only the critic learns)."""
+        return 1.0
+
+    def update_is_sound(self, loss: Tensor | None, grad_norm: float | None) -> bool:
+        """Whether this loss may be differentiated, or this accumulated gradient applied; agreed by all ranks."""
+        return True
+
+    # -- generation and scoring -------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # Sources run later, on the padded batch and its log-probabilities; until then TRL sees zeros.
+        self._texts = (prompts, completions)
+        rewards = torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device)
+        return self.accelerator.gather(rewards)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        batch = super()._generate_and_score_completions(inputs)
+        prompts, completions = self._texts
+        return self.assign_credit(batch, inputs, prompts, completions)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any):
+        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        if not self.use_vllm:
+            # A row that ended by a stop string has no end-of-sequence token, so TRL leaves its padding in place.
+            pad = self.processing_class.pad_token_id
+            completion_ids = [_without_trailing(ids, pad) for ids in completion_ids]
+        return completion_ids, logprobs
+
+    def eval_mode_generation(self) -> AbstractContextManager[Any]:
+        """The policy, gathered and in evaluation mode, ready for `generate`."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+
+    def without_checkpointing(self) -> AbstractContextManager[Any]:
+        """Gradient checkpointing off, for passes without gradients."""
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    # -- loss and update --------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        recorder = ForwardRecorder(model, self.forward_options())
+        loss = super()._compute_loss(recorder, inputs) * self.policy_loss_scale()
+        extra = self.auxiliary_loss(recorder.output, inputs)
+        if extra is not None:
+            loss = loss + extra
+        if not self.update_is_sound(loss, None):
+            # The backward must still run on every rank, or the others wait for it for ever.
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            loss = torch.stack([(parameter * 0.0).sum() for parameter in trainable]).sum()
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = norm.item() if isinstance(norm, Tensor) else norm
+        if not self.update_is_sound(None, value):
+            # With no gradient the optimiser leaves weights, moments and weight decay alone.
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
+    def log_metric(self, name: str, value: float, mode: str | None = None) -> None:
+        """Add a value to the metric `name`; what is added until the next log is averaged."""
+        self._metrics[mode or ("train" if self.model.training else "eval")][name].append(value)
+
+    def replace_metric(self, name: str, value: float) -> None:
+        """Put `value` in the place of what TRL has just logged under its own name."""
+        values = self._metrics["train" if self.model.training else "eval"][name]
+        values[-1:] = [value]
+
+    def replace_completion_log(self, rewards: dict[str, list[float]], advantages: list[float]) -> None:
+        """Put the real rewards and advantages (of all ranks) in TRL's table of completions."""
+        for name, values in rewards.items():
+            log = self._logs["rewards"][name]
+            for _ in range(min(len(values), len(log))):
+                log.pop()
+            log.extend(values)
+        log = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(log))):
+            log.pop()
+        log.extend(advantages)
+
+    @property
+    def micro_step(self) -> int:
+        """Forward and backward passes so far."""
+        return self._step
+
+    @property
+    def first_pass_over_rollout(self) -> bool:
+        """True in the first of `num_iterations` passes over a rollout."""
+        steps = self.args.steps_per_generation
+        return self._step % (steps * self.num_iterations) < steps
+
+
+def _placeholder(name: str) -> Callable[..., list[float]]:
+    """A reward function of that name; TRL wants one per reward to name its metrics."""
+
+    def reward(completions: list[Text], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    reward.__name__ = name
+    return reward
+
+
+def _without_trailing(ids: list[int], pad: int) -> list[int]:
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad and ids[end - 2] == pad:
+        end -= 1
+    return ids[:end]
+
+
+def is_finite(value: float | None) -> bool:
+    """True for a number that is neither NaN nor infinite."""
+    return value is None or math.isfinite(value)
