@@ -50,15 +50,16 @@ config_file() {
 is_supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
-  local python
-  for python in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+  local python pythons=(python3 python3.13 python3.12 python3.11)
+  if [ -n "${PYTHON:-}" ]; then pythons=("$PYTHON"); fi
+  for python in "${pythons[@]}"; do
     if is_supported "$python"; then
       echo "$python"
       return
     fi
   done
-  fail "found no Python 3.11 or newer (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11});" \
-    "install one, or name it: PYTHON=/path/to/python3.11 ./launch.sh ..."
+  fail "found no Python 3.11 or newer (tried: ${pythons[*]}); install one, or name it:" \
+    "PYTHON=/path/to/python3.11 ./launch.sh ..."
 }
 
 # What the installed packages follow from. A stamp in .venv holds it, so that a second start needs no pip.

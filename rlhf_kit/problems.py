@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 LONGEST_VALUE = 60
+HIDDEN = "[redacted]"
+
+_SECRET_NAME = re.compile(r"(?i)(?:api|access|auth|hub|hf|private|wandb)_?(?:token|key)$|password|secret")
+_SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_)[\w-]{16,}")
 
 
 class Unset(Enum):
@@ -38,7 +43,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
-        value = "" if self.value is UNSET else f" (value {show(self.value)})"
+        shown = HIDDEN if _SECRET_NAME.search(self.path.rpartition(".")[2]) else show(self.value)
+        value = "" if self.value is UNSET else f" (value {shown})"
         remedy = f"; {self.remedy}" if self.remedy else ""
         return " ".join(f"{where}{self.message}{value}{remedy}".split())
 
@@ -49,7 +55,7 @@ class Problem:
 
 
 class RecipeError(Exception):
-    """A recipe that cannot be run; its text is one line for each of `problems`, each opening with `source`."""
+    """A recipe that cannot be run; its text is one line for each of `problems`, opening with `source`."""
 
     def __init__(self, source: object, problems: Sequence[Problem]) -> None:
         self.source = str(source)
@@ -58,9 +64,9 @@ class RecipeError(Exception):
 
 
 def show(value: object) -> str:
-    """The value as one short piece of text."""
+    """The value as one short piece of text, without secrets of well-known forms."""
     text = value if isinstance(value, str) else "null" if value is None else repr(value)
-    text = " ".join(text.split())
+    text = _SECRET_VALUE.sub(HIDDEN, " ".join(text.split()))
     if len(text) > LONGEST_VALUE:
         text = text[: LONGEST_VALUE - 3] + "..."
     return f"'{text}'" if isinstance(value, str) else text

@@ -1,4 +1,4 @@
-"""Recipes: YAML and overrides in, a validated object out, every error at once and in the recipe's own words."""
+"""Recipes: YAML and overrides in, a validated object out, every error at once, in the recipe's words."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), world_size: int
     if isinstance(content["runs_dir"], str):
         content["runs_dir"] = os.path.expanduser(content["runs_dir"])
     single = "stages" not in content
-    shape_problems = _shape(content)
-    if shape_problems:
-        raise RecipeError(path, [*problems, *shape_problems])
+    shape_problem = _shape_problem(content)
+    if shape_problem:
+        raise RecipeError(path, [*problems, shape_problem])
+    problems += [] if single else _unknown_top_keys(content)
     content, reference_problems = _replace_references(content)
     content, interpolation_problems = resolve(content)
     problems += reference_problems + interpolation_problems
-    recipe, more = _validate(_as_pipeline(content) if single else content, single, world_size, path)
+    recipe, more = _validate(_as_pipeline(content, single), single, world_size, path)
     problems += _not_under(more, problems)
     if problems or recipe is None:
         raise RecipeError(path, problems)
@@ -58,28 +59,38 @@ def _not_under(problems: Sequence[Problem], known: Sequence[Problem]) -> list[Pr
     return [p for p in problems if not any(p.path == path or p.path.startswith(f"{path}.") for path in paths)]
 
 
-def _shape(content: Mapping[str, Any]) -> list[Problem]:
-    """Whether the recipe is one stage or has `stages`, and not both."""
-    if "stages" not in content and "type" not in content:
-        near = next((key for key in content if did_you_mean(key, ["stages"]) and key not in TOP_KEYS), None)
-        remedy = f"choose one of {listed(STAGE_CLASSES)}, or give `stages: {{name: ...}}`"
-        if near is not None:
-            remedy = f"did you mean 'stages' by '{near}'? Otherwise {remedy}"
-        return [Problem("type", "required key is missing", remedy=remedy)]
-    if "stages" not in content:
-        return []
-    stages, problems = content["stages"], []
-    if not isinstance(stages, dict) or not stages:
+def _shape_problem(content: Mapping[str, Any]) -> Problem | None:
+    """Why the recipe is neither one stage nor a pipeline of `stages`; reading on then makes no sense."""
+    if "stages" in content:
+        stages = content["stages"]
+        if isinstance(stages, dict) and stages:
+            return None
         got = "an empty mapping" if stages == {} else describe(stages)
         remedy = "write `stages: {sft: {type: sft, ...}, ...}`"
-        return [Problem("stages", f"expected a mapping of named stages, got {got}", remedy=remedy)]
-    for key in content:
-        if key in (*TOP_KEYS, "stages"):
-            continue
-        near = did_you_mean(key, (*TOP_KEYS, "stages"), f"the keys here are {listed((*TOP_KEYS, 'stages'))}")
+        return Problem("stages", f"expected a mapping of named stages, got {got}", remedy=remedy)
+    if "type" in content:
+        return None
+    near = next(
+        (key for key in content if key not in TOP_KEYS and did_you_mean(key, ["type", "stages"])), None
+    )
+    if near is not None:
+        return Problem(near, "unknown key", content[near], did_you_mean(near, ["type", "stages"]))
+    remedy = f"choose one of {listed(STAGE_CLASSES)}, or give `stages: {{name: ...}}`"
+    return Problem("type", "required key is missing", remedy=remedy)
+
+
+def _unknown_top_keys(content: Mapping[str, Any]) -> list[Problem]:
+    """Keys beside `stages` that are none of the recipe's own."""
+    known, last_stage = (*TOP_KEYS, "stages"), next(reversed(content["stages"]))
+    problems = []
+    for key, value in content.items():
         if any(key in stage.model_fields for stage in STAGE_CLASSES.values()):
-            near = f"it belongs to a stage: write stages.{next(reversed(stages))}.{key}"
-        problems.append(Problem(key, "unknown key", content[key], near))
+            remedy = f"it belongs to a stage: write stages.{last_stage}.{key}"
+        elif any(key in arguments(config) for config in ("trl.SFTConfig", "trl.GRPOConfig")):
+            remedy = f"it is an argument of a trainer: write stages.{last_stage}.trainer.args.{key}"
+        else:
+            remedy = did_you_mean(key, known, f"the keys here are {listed(known)}")
+        problems += [] if key in known else [Problem(key, "unknown key", value, remedy)]
     return problems
 
 
@@ -91,7 +102,10 @@ def _replace_references(content: dict[str, Any]) -> tuple[dict[str, Any], list[P
     for path, text, name, output in references(content):
         problem = _reference_problem(path, name, output, stages or {}, names)
         problems += [Problem(path, problem[0], text, problem[1])] if problem else []
-    return _map_text(content, lambda text: REFERENCE.sub(_output_path, text)), problems
+    broken = {problem.value for problem in problems}
+    return _map_text(
+        content, lambda text: "." if text in broken else REFERENCE.sub(_output_path, text)
+    ), problems
 
 
 def _reference_problem(
@@ -103,7 +117,7 @@ def _reference_problem(
     if name not in names:
         return f"there is no stage '{name}'", did_you_mean(name, names, f"the stages are {listed(names)}")
     stage = stages[name] if isinstance(stages[name], dict) else {}
-    outputs = OUTPUTS.get(stage.get("type"), ALL_OUTPUTS)
+    outputs = OUTPUTS.get(str(stage.get("type")), ALL_OUTPUTS)
     if output not in ALL_OUTPUTS and output in stage:
         return None  # an ordinary interpolation
     if output not in outputs:
@@ -112,7 +126,9 @@ def _reference_problem(
     own = path.split(".")[1] if path.startswith("stages.") else None
     if own == name:
         return "a stage cannot start from its own output", "refer to an earlier stage, or write a folder"
-    if own is None or names.index(name) > names.index(own):
+    if own is None:
+        return "a stage's output is for later stages alone", "write a folder"
+    if names.index(name) > names.index(own):
         return f"stage '{name}' comes later", f"put it before '{own}'; the order is {listed(names)}"
     return None
 
@@ -130,12 +146,13 @@ def _map_text(node: Any, change: Callable[[str], str]) -> Any:
     return [_map_text(value, change) for value in node] if isinstance(node, list) else node
 
 
-def _as_pipeline(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe of one stage in the form of a pipeline, the stage named by its type."""
+def _as_pipeline(content: Mapping[str, Any], single: bool) -> dict[str, Any]:
+    """The recipe's own keys and its stages; the stage of a recipe without `stages` is named by its type."""
     top = {key: content[key] for key in TOP_KEYS}
+    if not single:
+        return {**top, "stages": content["stages"]}
     stage = {key: value for key, value in content.items() if key not in TOP_KEYS}
-    name = stage["type"] if stage["type"] in STAGE_CLASSES else "stage"
-    return {**top, "stages": {name: stage}}
+    return {**top, "stages": {stage["type"] if str(stage["type"]) in OUTPUTS else "stage": stage}}
 
 
 def _validate(
@@ -152,7 +169,8 @@ def _validate(
     for name, stage in stages.items():
         prefix = f"stages.{name}"
         if not any(problem.path == prefix or problem.path.startswith(f"{prefix}.") for problem in problems):
-            checked = check_stage(validate(StageConfig, stage)[0], world_size, earlier, path)
+            valid = recipe.stages[name] if recipe else validate(StageConfig, stage)[0]
+            checked = check_stage(valid, world_size, earlier, path)
             problems += [problem.under(prefix) for problem in checked]
         earlier |= {Path(str(content["runs_dir"]), str(content["name"]), name, out) for out in ALL_OUTPUTS}
     if single:
@@ -168,9 +186,11 @@ def _validate(
 
 def _with_checked_args(stage: Any, seed: Any) -> tuple[Any, list[Problem]]:
     """The stage with the recipe's seed and numbers of the declared types in `trainer.args`."""
-    trainer = stage.get("trainer", {}) if isinstance(stage, dict) else None
+    if not isinstance(stage, dict) or str(stage.get("type")) not in OUTPUTS:
+        return stage, []
+    trainer = stage.get("trainer", {})
     args = trainer.get("args", {}) if isinstance(trainer, dict) else None
-    if not isinstance(args, dict) or stage.get("type") not in STAGE_CLASSES:
+    if not isinstance(trainer, dict) or not isinstance(args, dict):
         return stage, []
     checked, problems = check_args(stage["type"], str(stage.get("objective", "ce")), args)
     seeded = {**checked, "seed": seed} if "seed" not in checked and type(seed) is int else checked

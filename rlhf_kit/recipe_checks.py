@@ -25,7 +25,7 @@ PROCESS_ESTIMATORS = ("prime", "min_form")
 
 
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
-    """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist yet."""
+    """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist."""
     problems = list(_files(stage, earlier, recipe_path)) + list(_model(stage)) + list(_data(stage))
     if isinstance(stage, Reward):
         problems += _reward(stage)

@@ -1,4 +1,4 @@
-"""pydantic's validation errors as problems of a recipe: paths as the file has them, with the nearest valid key."""
+"""pydantic's validation errors as problems of a recipe: paths as the file has them, and remedies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class _Place:
     """Where in the data, and in the schema, an error happened."""
 
     def __init__(self, annotation: Any, data: Any) -> None:
-        self.annotation, self.value = annotation, data
+        self.annotation: Any = annotation
+        self.value: Any = data
         self.parts: list[str] = []
         self.owner: type[BaseModel] | None = None
 
@@ -65,11 +66,12 @@ def _locate(annotation: Any, loc: Sequence[str | int], data: Any) -> _Place:
     """Follow pydantic's location through the schema, dropping the parts that only name a union's member."""
     place = _Place(annotation, data)
     for part in loc:
+        if part == "[key]":  # the key of a mapping, not its value
+            place.value = loc[-2]
+            break
         members, discriminator = _members(place.annotation)
         if discriminator:
-            place.annotation = next(
-                m for m in members if part in get_args(m.model_fields[discriminator].annotation)
-            )
+            place.annotation = next(m for m in members if part in _tags([m], discriminator))
             continue
         if len(members) > 1:
             place.annotation = next((m for m in members if _label(m) == part), members[0])
@@ -126,6 +128,8 @@ def _problem(place: _Place, error: Mapping[str, Any]) -> Problem:
         near = did_you_mean(place.value, choices)
         remedy = f"{near} (choices: {listed(choices)})".strip()
         return Problem(place.path, "not a valid choice", place.value, remedy)
+    if kind == "string_pattern_mismatch" and (place.path == "name" or "[key]" in error["loc"]):
+        return Problem(place.path, "must be a plain name", place.value, "use letters, digits, '-' and '_'")
     if kind == "value_error":
         return Problem(place.path, str(context["error"]), _simple(place.value))
     expected = _expected(kind)
@@ -207,7 +211,7 @@ def describe(value: Any) -> str:
 
 
 def _merge(problems: list[Problem], path: str, paths: Sequence[str]) -> list[Problem]:
-    """At most one problem a path: a plain union reports each of its members, a list also its bad items' absence."""
+    """At most one problem a path: a plain union reports each member, a list also its bad items' absence."""
     if path and any(other.startswith(f"{path}.") for other in paths):
         return []
     first = problems[0]

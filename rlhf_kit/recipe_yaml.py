@@ -15,7 +15,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.yaml12 import Loader
 
-REFERENCE = re.compile(r"\$\{stages\.([\w-]+)\.(\w+)\}")
+REFERENCE = re.compile(r"\$\{stages\.([^.{}\s]+)\.(\w+)\}")
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -70,7 +70,8 @@ def _syntax_problem(error: Exception) -> Problem:
     if isinstance(error, RecursionError):
         return Problem("", "nested too deeply", remedy="an anchor must not contain itself")
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    said = (getattr(error, attribute, None) for attribute in ("context", "problem", "reason"))
+    what = ", ".join(str(part) for part in said if part) or str(error)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return Problem("", f"{where}not valid YAML: {what}", remedy="check indentation, colons and quotes there")
 
@@ -112,10 +113,10 @@ def _key_problems(root: yaml.Node) -> Iterator[Problem]:
 def apply_overrides(
     content: dict[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The recipe after each of `key=value` (the value is YAML; nothing is null) and `~key` (delete), in order.
+    """The recipe after each of `key=value` (the value is YAML; nothing is null) and `~key` (delete).
 
-    Keys are dotted paths; numbers index lists. A value replaces what was there. Keys that no stage knows are left
-    for validation, which names the nearest.
+    They are applied in order. Keys are dotted paths; numbers index lists. A value replaces what was there.
+    Keys that no stage knows are left for validation, which names the nearest.
     """
     problems = list(_grammar_problems(content))
     if problems:
@@ -201,7 +202,7 @@ def _missing_stage(config: DictConfig, parts: Sequence[str]) -> Problem | None:
 
 
 def resolve(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The recipe with every interpolation replaced by its value; what has none is left as null and reported."""
+    """The recipe with every interpolation replaced by its value; what has none becomes null and a problem."""
     problems = list(_grammar_problems(content))
     if problems:
         return dict(content), problems

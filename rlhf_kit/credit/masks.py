@@ -38,9 +38,9 @@ def masked_var(
 
 def last_action_index(mask: Bool[Tensor, "B T"]) -> Int64[Tensor, "B"]:
     """Column of each row's last action token; -1 for a row that has none."""
-    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    none = torch.full_like(mask[:, :1], -1, dtype=torch.int64)
-    return torch.cat([none, torch.where(mask, columns, -1)], dim=1).amax(dim=1)
+    rows, length = mask.shape
+    columns = torch.where(mask, torch.arange(length, device=mask.device), -1)
+    return torch.cat([columns.new_full((rows, 1), -1), columns], dim=1).amax(dim=1)
 
 
 def place_at_last(scores: Float[Tensor, "B"], mask: Bool[Tensor, "B T"]) -> Float32[Tensor, "B T"]:

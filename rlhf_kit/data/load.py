@@ -71,7 +71,11 @@ def _read_json(config: Jsonl | Gsm8kSolutions) -> Dataset:
     path = Path(config.path).expanduser()
     if not path.is_file():
         raise ValueError(f"{config.path}: there is no such file")
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config.path}: it is no UTF-8 text from byte {error.start} on") from error
     if text.lstrip().startswith("["):
         rows = _parse(text, config.path, 1)
     else:

@@ -18,7 +18,7 @@ def running_sums(size: int, terms: int, modulus: int, seed: int) -> list[Row]:
     """`size` different problems in which `terms` numbers are added, one by one, to a first number.
 
     With numbers n_0 ... n_terms, drawn uniformly from [0, modulus), step k of the completion is
-    `(n_0 + ... + n_k) mod modulus`; the last step is the answer. A row has `prompt` ("7 + 15 + 3 ="),
+    `(n_0 + ... + n_k) mod modulus`; the last step is the answer. A row has `prompt` ("7 15 3 ="),
     `completion` ("22 2" for modulus 23), `answer` ("2") and `steps` (["22", "2"]). The same seed always gives
     the same rows, and fewer rows are the first of more. Two seeds draw independently from
     `modulus ** (terms + 1)` problems, so they share none in practice once that is large.
@@ -41,13 +41,13 @@ def running_sums(size: int, terms: int, modulus: int, seed: int) -> list[Row]:
 def _running_sum(numbers: tuple[int, ...], modulus: int) -> Row:
     sums = accumulate(numbers, lambda total, number: (total + number) % modulus)
     steps = [str(value) for value in sums][1:]
-    prompt = " + ".join(str(number) for number in numbers) + " ="
+    prompt = " ".join(str(number) for number in numbers) + " ="
     return {"prompt": prompt, "completion": " ".join(steps), "answer": steps[-1], "steps": steps}
 
 
 def running_sums_vocabulary(modulus: int) -> list[str]:
-    """The words of `running_sums`, for a word-level tokenizer: the numbers below `modulus`, `+` and `=`."""
-    return [*(str(number) for number in range(modulus)), "+", "="]
+    """The words of `running_sums`, for a word-level tokenizer: the numbers below `modulus`, and `=`."""
+    return [*(str(number) for number in range(modulus)), "="]
 
 
 def reasoning_gym(

@@ -31,8 +31,13 @@ class StepTruth(Config):
 
 
 class StepEvaluation(Config):
-    """First-wrong-step detection on ProcessBench-style rows (`problem`, `steps`, `label`)."""
+    """First-wrong-step detection on ProcessBench rows (`problem`, `steps`, `label`; arXiv 2412.06559).
+
+    Steps are joined by `separator` into the completion that the PRM reads. The threshold is set on
+    `threshold_fraction` of the problems and judged on the others.
+    """
 
     path: str
+    separator: str = "\n"
     limit: PositiveInt | None = None
     threshold_fraction: Probability = 0.5

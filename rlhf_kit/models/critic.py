@@ -14,9 +14,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
-    """TRL's fused output and the critic's value of every position: entry i is the value after token i was read."""
+    """TRL's fused output, the critic's value of every position (entry i: after token i was read), and a PRM's
+    log-probabilities (aligned with `log_probs`)."""
 
     state_values: Tensor | None = None
+    prm_log_probs: Tensor | None = None
 
 
 class ValueHead(nn.Module):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class MovingAverage:
@@ -22,11 +20,3 @@ class MovingAverage:
         """Take one step towards the model's present weights."""
         for average, weight in zip(self.model.parameters(), self._source.parameters(), strict=True):
             average.lerp_(weight.to(average.dtype), 1 - self._decay)
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """The averaged weights."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averaged weights."""
-        self.model.load_state_dict(state)

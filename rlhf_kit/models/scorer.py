@@ -86,7 +86,7 @@ class Scorer:
     ) -> None:
         self.model = model
         self._parameters = parameters
-        self._activate = activate
+        self.activate = activate
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that belong to this scorer alone."""
@@ -94,5 +94,10 @@ class Scorer:
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Log-probabilities (B, T) of the rollout's completions; gradients flow if they are enabled."""
-        with self._activate():
+        with self.activate():
             return rollout_outputs(self.model, rollout)[0]
+
+    def outputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """`token_outputs` of this scorer."""
+        with self.activate():
+            return token_outputs(self.model, *args, **kwargs)

@@ -100,7 +100,31 @@ class ImplicitPrm(RewardSource):
         """Cross-entropy of each row's summed reward against its outcome, (B,)."""
         from rlhf_kit.credit.implicit import outcome_cross_entropy
 
-        return outcome_cross_entropy(self._rewards(rollout), outcomes, self._offset(rollout, outcomes))
+        return outcome_cross_entropy(self._rewards(rollout), outcomes, self.offsets(rollout, outcomes))
+
+    def reference_log_probs(self, rollout: Rollout) -> Tensor:
+        """What the PRM is compared with, (B, T): the rollout's log-probabilities, or the PRM's own reference."""
+        import torch
+
+        if self._own_reference is None:
+            return rollout.logprobs[self._reference_key]
+        with torch.no_grad():
+            return self._own_reference(rollout)
+
+    def offsets(self, rollout: Rollout, outcomes: Tensor) -> Tensor:
+        """The log-odds of success before a row is read, (B,)."""
+        import torch
+
+        from rlhf_kit.credit.implicit import log_odds
+
+        if self.config.offset == "none":
+            return torch.zeros_like(outcomes)
+        if self.config.offset == "prompt":
+            if rollout.peer_outcomes is None:
+                raise ValueError("offset 'prompt' needs Rollout.peer_outcomes, which the trainer fills in")
+            return log_odds(rollout.peer_outcomes)
+        rate = outcomes.mean() if self.running_rate is None else outcomes.new_tensor(self.running_rate)
+        return log_odds(rate).expand_as(outcomes)
 
     def trainable_parameters(self) -> list[Parameter]:
         return list(self.scorer.parameters()) if self.config.online is not None else []
@@ -113,31 +137,11 @@ class ImplicitPrm(RewardSource):
         self.running_rate = json.loads((folder / "implicit_prm.json").read_text())["running_rate"]
 
     def _rewards(self, rollout: Rollout) -> Tensor:
-        import torch
-
         from rlhf_kit.credit.implicit import implicit_rewards
 
-        log_probs = self.scorer(rollout)
-        if self._own_reference is None:
-            reference = rollout.logprobs[self._reference_key]
-        else:
-            with torch.no_grad():
-                reference = self._own_reference(rollout)
-        return implicit_rewards(log_probs, reference, rollout.action_mask, self.config.beta)
-
-    def _offset(self, rollout: Rollout, outcomes: Tensor) -> Tensor | float:
-        import torch
-
-        from rlhf_kit.credit.implicit import log_odds
-
-        if self.config.offset == "none":
-            return 0.0
-        if self.config.offset == "prompt":
-            if rollout.peer_outcomes is None:
-                raise ValueError("offset 'prompt' needs Rollout.peer_outcomes, which the trainer fills in")
-            return log_odds(rollout.peer_outcomes)
-        rate = outcomes.mean() if self.running_rate is None else torch.tensor(self.running_rate)
-        return log_odds(rate).to(outcomes.device)
+        return implicit_rewards(
+            self.scorer(rollout), self.reference_log_probs(rollout), rollout.action_mask, self.config.beta
+        )
 
 
 def _scorer(config: ImplicitPrmConfig, context: BuildContext) -> Scorer:

@@ -20,8 +20,8 @@ StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 class Recipe(Config):
     """One stage or a pipeline of stages, and the run folder `<runs_dir>/<name>` that they write.
 
-    A recipe of a `single` stage, written without `stages`, has its outputs in the run folder itself; a stage of a
-    pipeline has a folder of its own in it.
+    A recipe of a `single` stage, written without `stages`, has its outputs in the run folder itself; a stage
+    of a pipeline has a folder of its own in it.
     """
 
     name: Name

@@ -1,4 +1,4 @@
-"""From the lines of a metrics file to the panels of a report: which curves stand together, and their geometry."""
+"""From the lines of a metrics file to a report's panels: which curves stand together, and their geometry."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class PanelKind:
         each_source: one panel for each source instead of one for all: their scales differ.
         baseline: a value to compare with, drawn dashed.
         floor: values below are cut off, so that a bad start does not flatten the rest.
+        noisy: whether a smoothed curve says more than the values; of a schedule or counter it would be false.
     """
 
     group: str
@@ -36,9 +37,9 @@ class PanelKind:
     each_source: bool = False
     baseline: float | None = None
     floor: float = -math.inf
+    noisy: bool = True
 
 
-_TRAINING_HELD_OUT = ("training", "held-out")
 KINDS = (
     PanelKind("Outcome", "Accuracy", {"accuracy": "training", "eval_accuracy": "held-out"}),
     PanelKind(
@@ -68,15 +69,15 @@ KINDS = (
     PanelKind("Process reward model", "Loss", {"prm/*/loss": ""}),
     PanelKind("Optimisation", "Loss", {"loss": "training", "eval_loss": "held-out"}),
     PanelKind("Optimisation", "Gradient norm", {"grad_norm": "norm"}),
-    PanelKind("Optimisation", "Learning rate", {"learning_rate": "rate"}),
-    PanelKind("Optimisation", "Skipped steps", {"skipped_steps": "steps"}),
+    PanelKind("Optimisation", "Learning rate", {"learning_rate": "rate"}, noisy=False),
+    PanelKind("Optimisation", "Skipped steps", {"skipped_steps": "steps"}, noisy=False),
 )
 _NOT_CURVES = {"step", "time", "epoch"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over steps; `colour` is an index of the palette, `spread` the standard deviation at each step."""
+    """One metric over steps: `colour` is an index of the palette, `spread` the standard deviation by step."""
 
     metric: str
     label: str
@@ -94,6 +95,7 @@ class Panel:
     series: list[Series]
     baseline: float | None = None
     floor: float = -math.inf
+    noisy: bool = True
 
 
 def build_panels(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Panel], list[Panel]]:
@@ -106,15 +108,14 @@ def build_panels(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Panel], list[P
         used.update(series.metric for series in found)
         if not found:
             continue
+        shared = (kind.baseline, kind.floor, kind.noisy)
         if kind.each_source:
-            known += [
-                Panel(kind.group, series.label, [series], kind.baseline, kind.floor) for series in found
-            ]
+            known += [Panel(kind.group, series.label, [series], *shared) for series in found]
         else:
-            known.append(Panel(kind.group, kind.title, found, kind.baseline, kind.floor))
+            known.append(Panel(kind.group, kind.title, found, *shared))
     used.update(f"rewards/{source}/std" for source in sources)
     other = [
-        Panel("", metric, [Series(metric, "", series)])
+        Panel("", metric, [Series(metric, "", series)], noisy=False)
         for metric, series in sorted(points.items())
         if metric not in used and len(series) > 1
     ]
@@ -122,17 +123,19 @@ def build_panels(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Panel], list[P
 
 
 def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """By metric, its points in order of steps; the last line of a step counts, and a metric with no value is left out."""
+    """Points by metric, in order of steps; a step's last line counts, a metric without values is left out."""
     found: dict[str, dict[int, float | None]] = {}
     for row in rows:
         step = row.get("step")
         if not isinstance(step, int):
             continue
         for metric, value in row.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if metric not in _NOT_CURVES and (number or value is None):
-                finite = value is not None and math.isfinite(value)
-                found.setdefault(metric, {})[step] = float(value) if finite else None
+            if metric in _NOT_CURVES or isinstance(value, bool):
+                continue
+            if value is None:
+                found.setdefault(metric, {})[step] = None
+            elif isinstance(value, int | float):
+                found.setdefault(metric, {})[step] = float(value) if math.isfinite(value) else None
     return {
         metric: sorted(values.items())
         for metric, values in found.items()
@@ -163,7 +166,7 @@ def _matching(kind: PanelKind, points: Mapping[str, list[Point]], sources: Seque
 
 
 def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` points: the lowest and the highest of equal stretches, so that no spike is lost, and both ends."""
+    """At most `limit` points: both ends, and the lowest and highest of equal stretches: no spike is lost."""
     if len(points) <= limit:
         return list(points)
     stretches = limit // 2 - 1
@@ -171,21 +174,20 @@ def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     kept = [points[0]]
     for stretch in range(stretches):
         part = inner[stretch * len(inner) // stretches : (stretch + 1) * len(inner) // stretches]
-        finite = [point for point in part if point[1] is not None]
+        finite = [(value, step) for step, value in part if value is not None]
         if finite:
-            low, high = (choose(finite, key=lambda point: point[1]) for choose in (min, max))
-            kept += sorted({low, high})
+            kept += sorted((step, value) for value, step in {min(finite), max(finite)})
         elif part:
             kept.append(part[0])
     return [*kept, points[-1]]
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Exponential averages run forwards and backwards, over about a twentieth of the series, and added: no lag.
+    """Exponential averages run forwards and backwards over about a thirtieth of the series: no lag.
 
     Each counts by the weight of what it has seen, so that the ends are as smooth as the middle.
     """
-    span = max(3.0, len(points) / 20)
+    span = max(3.0, len(points) / 30)
     forwards, backwards = _average(points, span), _average(points[::-1], span)[::-1]
     return [
         (step, None if value is None else (before + after) / (weight_before + weight_after))
@@ -243,11 +245,15 @@ def drawing(panel: Panel, steps: tuple[int, int]) -> dict[str, Any]:
     def y(value: float) -> float:
         return HEIGHT * (high - value) / (high - low)
 
+    y_ticks = ticks(low, high)
+    if all(value is None or value == int(value) for series in panel.series for _, value in series.points):
+        y_ticks = [tick for tick in y_ticks if tick == int(tick)]  # half a step was never skipped
     curves = []
     for series in panel.series:
         points = downsample(series.points)
         final = next(value for _, value in reversed(series.points) if value is not None)
-        smoothed = downsample(smooth(series.points)) if len(series.points) >= SMOOTH_FROM else None
+        few = len(series.points) < SMOOTH_FROM
+        smoothed = downsample(smooth(series.points)) if panel.noisy and not few else None
         curves.append(
             {
                 "label": f"{series.label} ± std" if series.spread else series.label,
@@ -257,7 +263,7 @@ def drawing(panel: Panel, steps: tuple[int, int]) -> dict[str, Any]:
                 "final": format_number(final),
                 "path": _path(points, x, y),
                 "smooth": _path(smoothed, x, y) if smoothed else None,
-                "dots": _dots(points, x, y) if len(points) < SMOOTH_FROM else None,
+                "dots": _dots(points, x, y) if few else None,
                 "band": _band(points, series.spread, x, y),
             }
         )
@@ -267,7 +273,7 @@ def drawing(panel: Panel, steps: tuple[int, int]) -> dict[str, Any]:
         "curves": curves,
         "steps": (first, last),
         "values": (low, high),
-        "y_ticks": [(100 * y(tick) / HEIGHT, format_number(tick)) for tick in ticks(low, high)],
+        "y_ticks": [(100 * y(tick) / HEIGHT, format_number(tick)) for tick in y_ticks],
         "x_ticks": [
             (100 * x(tick) / WIDTH, format_number(tick)) for tick in ticks(first, last) if tick == int(tick)
         ],

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
+from rlhf_kit.errors import RunError
 
-class RunError(Exception):
-    """A run folder that cannot be used as asked; the command line shows it as one line."""
+__all__ = ["RunError"]

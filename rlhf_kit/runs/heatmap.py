@@ -1,6 +1,6 @@
 """Per-token credit of sampled completions as HTML: colour = advantage, hover = reward by source.
 
-Completions are untrusted text, so everything that comes from a sample is escaped, and nothing here needs a script.
+Completions are untrusted text: all that comes from a sample is escaped, and nothing here needs a script.
 A sample is a line of a samples file: `prompt`, `completion`, `tokens`, and as many `advantages`, `rewards` by
 source, `values`, `kl`, `action_mask`, besides `outcome` and `step_truth`.
 """
@@ -11,6 +11,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rlhf_kit.runs.formatting import format_number
@@ -22,48 +23,7 @@ STRONGEST = 0.72
 MAX_TOKENS = 2000
 SHORT = 80  # completions up to this many tokens stand side by side
 
-STYLE = """<style>
-.hm{--hm-bg:#fff;--hm-ink:#1b1f24;--hm-soft:#68707a;--hm-line:#e4e7eb;--hm-tip:#1b1f24;--hm-tip-ink:#f4f6f8;
---hm-sans:-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
---hm-mono:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
-background:var(--hm-bg);color:var(--hm-ink);font:14px/1.5 var(--hm-sans);padding:1.25rem 1.4rem;
-border:1px solid var(--hm-line);border-radius:10px;margin:0 0 1rem}
-@media (prefers-color-scheme:dark){.hm{--hm-bg:#16191d;--hm-ink:#e8ebef;--hm-soft:#98a1ac;--hm-line:#2a2f36;
---hm-tip:#e8ebef;--hm-tip-ink:#16191d}}
-.hm-head{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;align-items:baseline;color:var(--hm-soft);font-size:12.5px;
-font-variant-numeric:tabular-nums}
-.hm-head b{color:var(--hm-ink);font-weight:600}
-.hm-right,.hm-wrong{font-weight:600;color:var(--hm-ink)}
-.hm-right::before{content:"✓ ";color:rgb(0,114,178)}.hm-wrong::before{content:"✗ ";color:rgb(213,94,0)}
-.hm details{margin:.55rem 0 0;color:var(--hm-soft);font-size:12.5px}
-.hm summary{cursor:pointer;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.hm details[open] summary span{display:none}
-.hm details pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.6 var(--hm-mono);margin:.5rem 0 0;
-padding-left:.9rem;border-left:2px solid var(--hm-line);color:var(--hm-ink);unicode-bidi:isolate}
-.hm-text{position:relative;margin:.7rem 0 0;font:14px/1.95 var(--hm-mono);white-space:pre-wrap;
-overflow-wrap:anywhere}
-.hm-text>span{padding:.22em 0;border-radius:3px;box-decoration-break:clone;-webkit-box-decoration-break:clone;
-unicode-bidi:isolate;cursor:default}
-.hm-text>span:hover{outline:1.5px solid var(--hm-ink);outline-offset:-1px}
-.hm-text>span:hover::after{content:attr(data-tip);position:absolute;left:var(--x,0);z-index:9;margin-top:2.1rem;
-width:max-content;max-width:100%;box-sizing:border-box;padding:.6rem .8rem;border-radius:7px;white-space:pre-wrap;
-background:var(--hm-tip);color:var(--hm-tip-ink);font:12px/1.6 var(--hm-mono);pointer-events:none;
-box-shadow:0 6px 24px rgba(0,0,0,.22)}
-.hm-text .hm-other{color:var(--hm-soft);opacity:.75;font-style:italic}
-.hm-text i{font-style:normal;opacity:.45}
-.hm-text.hm-steps{line-height:2.6}
-.hm-text b{position:absolute;margin:28px 0 0 -1em;font:600 9.5px/1 var(--hm-sans);color:var(--hm-soft)}
-.hm-text b.hm-x{color:rgb(213,94,0);font-size:11.5px}
-.hm-short{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:1rem}
-.hm-short .hm{margin:0;min-width:0}
-.hm-legend{display:flex;flex-wrap:wrap;align-items:center;gap:.3rem .6rem;margin:0 0 .9rem;
-font:12.5px/1.4 -apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#68707a;
-font-variant-numeric:tabular-nums}
-@media (prefers-color-scheme:dark){.hm-legend{color:#98a1ac}}
-.hm-bar{width:150px;height:10px;border-radius:5px;
-background:linear-gradient(90deg,rgba(213,94,0,.72),rgba(213,94,0,0) 50%,rgba(0,114,178,0) 50%,rgba(0,114,178,.72))}
-</style>
-"""
+STYLE = f"<style>\n{(Path(__file__).parent / 'heatmap.css').read_text(encoding='utf-8')}</style>\n"
 
 
 def heatmap_html(sample: Mapping[str, Any], scale: float | None = None) -> str:
@@ -97,7 +57,7 @@ def advantage_scale(samples: Sequence[Mapping[str, Any]]) -> float:
 
 
 def colour(advantage: float | None, scale: float) -> str:
-    """CSS colour of an advantage: blue above 0, orange below, fading to nothing at 0, full from `scale` on."""
+    """CSS colour of an advantage: blue above 0, orange below, nothing at 0, full from `scale` on."""
     if not advantage:
         return "transparent"
     alpha = STRONGEST * min(1.0, abs(advantage) / scale) if scale else STRONGEST
@@ -122,8 +82,9 @@ def _card(sample: Mapping[str, Any], scale: float) -> str:
         shown += f"<i> … {len(tokens) - MAX_TOKENS} more tokens</i>"
     if not tokens:
         shown = "<i>empty completion</i>"
+    kind = "hm-text hm-steps" if marks else "hm-text"
     return (
-        f'<article class="hm">{_head(sample)}{_prompt(sample)}<div class="hm-text{" hm-steps" if marks else ""}">{shown}</div></article>\n'
+        f'<article class="hm">{_head(sample)}{_prompt(sample)}<div class="{kind}">{shown}</div></article>\n'
     )
 
 
@@ -150,7 +111,8 @@ def _prompt(sample: Mapping[str, Any]) -> str:
         return ""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, indent=1)
     preview = " ".join(text.split())[:160]
-    return f"<details><summary>prompt <span>· {_clean(preview)}</span></summary><pre>{_clean(text)}</pre></details>"
+    summary = f"<summary>prompt <span>· {_clean(preview)}</span></summary>"
+    return f"<details>{summary}<pre>{_clean(text)}</pre></details>"
 
 
 def _token(sample: Mapping[str, Any], index: int, scale: float, right: bool | None) -> str:

@@ -1,4 +1,4 @@
-"""Metrics and samples of a stage as JSON lines, written so that a kill loses at most the line being written."""
+"""Metrics and samples of a stage as JSON lines; a kill loses at most the line that is being written."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `<folder>/metrics.jsonl` in order; none without the file, and a cut-off last line is left out.
+    """The lines of `<folder>/metrics.jsonl` in order, without a cut-off last one; none without the file.
 
     Raises:
         RunError: a line before the last is not a JSON object.
@@ -67,7 +67,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_samples(folder: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write the sampled completions of `step` to `<folder>/samples/step-<8 digits>.jsonl`, whole or not at all."""
+    """Write a step's sampled completions to `<folder>/samples/step-<8 digits>.jsonl`, whole or not at all."""
     path = Path(folder) / SAMPLES_FOLDER / f"step-{int(step):08d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     _rewrite_unless_equal(path, _encode([_jsonable({**row, "step": int(step)}) for row in rows]))

@@ -11,19 +11,28 @@ _NAME = (
     r"(?:[\w.-]*(?:api|access|auth|bearer|hub|hf|private|secret|wandb)[_-]?(?:token|key)|hf[_-]?hub[_-]?token"
     r"|[\w.-]*(?:password|passwd|secret|credentials?))"
 )
-_NAMED = re.compile(rf"(?im)(?P<name>(?<![\w.-]){_NAME}[\"']?[ \t]*[:=][ \t]*)(?P<value>[^\s,}}#]+)")
+_NAMED = re.compile(
+    rf"(?i)(?P<name>(?<![\w.-]){_NAME}(?P<json>\\?[\"'])?[ \t]*[:=][ \t]*)"
+    r"(?:(?P<quote>\\?[\"'])(?P<quoted>[^\n]*?)(?P=quote)|(?P<bare>(?:(?!,[\s\"'])[^\s{}\[\]\"'\\])+))"
+)
 _VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bwandb_v\d_\w{16,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
 )
-_EMPTY = {"null", "none", "~", '""', "''", "true", "false"}
+_EMPTY = {"", "null", "none", "~", "true", "false"}
 
 
 def redact(text: str) -> str:
-    """`text` with the values of secret-looking names (`hub_token: ...`) and well-known key formats replaced."""
+    """`text` without the values of names of secrets (`hub_token: ...`) and without keys of well-known forms.
+
+    JSON stays JSON, and YAML stays YAML.
+    """
 
     def named(match: re.Match[str]) -> str:
-        value = match["value"]
-        return match["name"] + (value if value.lower() in _EMPTY else REDACTED)
+        value = match["quoted"] if match["quote"] else match["bare"]
+        if value.lower() in _EMPTY:
+            return match[0]
+        quote = match["quote"] or match["json"] or ""  # a number of a JSON object becomes text: it stays JSON
+        return f"{match['name']}{quote}{REDACTED}{quote}"
 
     return _VALUE.sub(REDACTED, _NAMED.sub(named, text))

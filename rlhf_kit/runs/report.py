@@ -86,6 +86,7 @@ def render_report(run_folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     stages = [_stage_view(number, stage) for number, stage in enumerate(run.stages)]
     return environment.get_template("report_template.html").render(
         name=run.name,
@@ -94,9 +95,7 @@ def render_report(run_folder: Path) -> str:
         headline=headline(run.stages),
         summary=summary_rows(run.stages),
         stages=stages,
-        curve_data=_script_json(
-            {panel["id"]: panel["data"] for stage in stages for panel in stage["all_panels"]}
-        ),
+        curve_data={panel["id"]: panel["data"] for stage in stages for panel in stage["all_panels"]},
         heatmap_style=Markup(heatmap.STYLE),
         recipe=_highlight(redact(run.recipe_text)),
         versions=sorted((run.manifest.get("versions") or {}).items()),
@@ -291,14 +290,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return str(value)
-
-
-def _script_json(content: Any) -> Markup:
-    """JSON for a script element: no character in it can end the element or open another."""
-    text = json.dumps(content, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return Markup(text)
 
 
 def _highlight(recipe: str) -> Markup:

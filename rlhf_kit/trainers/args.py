@@ -1,8 +1,9 @@
-"""`trainer.args`: TRL's and transformers' own arguments, checked before anything is imported or instantiated."""
+"""`trainer.args`: TRL's and transformers' own arguments, checked before anything is instantiated."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,16 @@ _POSITIVE = {
 _NOT_NEGATIVE = {"learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "epsilon"}
 
 
+_IN_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+}
+
+
 def config_class(stage_type: str, objective: str = "ce") -> str:
     """The dataclass whose fields a stage's `trainer.args` are."""
     if stage_type == "reward":
@@ -56,7 +67,7 @@ def config_class(stage_type: str, objective: str = "ce") -> str:
 def check_args(
     stage_type: str, objective: str, args: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The arguments with numbers of the declared type (`"1e-5"` becomes a float), and all that is wrong with them.
+    """The arguments with numbers of the declared type (`"1e-5"` is a float), and all that is wrong with them.
 
     Paths of the problems are relative to `trainer.args`.
     """
@@ -65,7 +76,9 @@ def check_args(
     reserved = {**_RESERVED, **_RESERVED_BY_STAGE[stage_type]}
     checked, problems = dict(args), []
     for name, value in args.items():
-        if name in reserved and value not in (None, 0):
+        if name in reserved and value is None:
+            del checked[name]
+        elif name in reserved and value != 0:
             problems.append(Problem(name, "is the kit's to set", value, reserved[name]))
         elif name not in known:
             remedy = did_you_mean(name, set(known) - set(reserved), f"its names are those of {class_name}")
@@ -80,7 +93,7 @@ def check_args(
 
 
 def _accept(annotation: ast.expr, value: Any) -> tuple[bool, Any]:
-    """Whether the value fits the annotation, and the value as that type; what is not understood is accepted."""
+    """Whether the value fits the annotation, and the value as that type; anything exotic is accepted."""
     match annotation:
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
             results = [_accept(left, value), _accept(right, value)]
@@ -121,8 +134,11 @@ def _accept_float(value: Any) -> tuple[bool, Any]:
 
 def _type_problem(argument: Argument, value: Any) -> Problem:
     got = {bool: "true or false", str: "text", dict: "a mapping", list: "a list", type(None): "null"}
-    found = got.get(type(value), f"a {type(value).__name__}")
+    found = got.get(type(value), "an integer" if isinstance(value, int) else "a number")
     wanted = argument.annotation.replace(" | None", "").replace("None | ", "")
+    for name, words in _IN_WORDS.items():
+        wanted = re.sub(rf"\b{name}\b(\[[^]]*\])?", words, wanted)
+    wanted = wanted.replace(" | ", " or ")
     default = "" if argument.default in (None, []) else f"; its default is {argument.default}"
     return Problem(argument.name, f"expected {wanted}, got {found}", value, f"write {wanted}{default}")
 
@@ -259,8 +275,8 @@ def check_batch(stage: Ppo, world_size: int) -> list[Problem]:
     elif batch.rollout % group:
         steps = batch.rollout // forward
         what = f"does not divide the {batch.rollout} completions of a rollout"
-        product = f"{world_size} processes x {batch.per_device} per device x {steps} steps per generation"
-        divisors = [d for d in range(1, batch.rollout + 1) if batch.rollout % d == 0]
+        product = f"{world_size} processes x {batch.per_device} per device x {steps} per generation"
+        divisors = [d for d in range(2, batch.rollout + 1) if batch.rollout % d == 0] or [1]
         nearest = sorted(divisors, key=lambda d: abs(d - group))[:3]
         remedy = f"{product}: change one of them, or write {listed(sorted(nearest))}"
         problems.append(Problem("num_generations", what, group, remedy))
@@ -272,12 +288,3 @@ def check_batch(stage: Ppo, world_size: int) -> list[Problem]:
             remedy = f"write a multiple of {group}, or set num_generations_eval"
             problems.append(Problem("per_device_eval_batch_size", what, evaluated // world_size, remedy))
     return problems
-
-
-def planned_updates(stage: Sft | Reward | Ppo, world_size: int) -> str:
-    """How long the stage trains, in words; the number of updates where the recipe alone tells it."""
-    max_steps = argument(stage, "max_steps")
-    if max_steps > 0:
-        return f"{max_steps} updates"
-    epochs = argument(stage, "num_train_epochs")
-    return f"{epochs:g} epochs"

@@ -1,7 +1,7 @@
 """The arguments of TRL's and transformers' configurations, read from the source of the installed packages.
 
-Importing TRL takes ten seconds and instantiating its configurations needs the machine that will train (they refuse
-bf16 without a GPU), so the dataclasses are parsed, never imported.
+Importing TRL takes ten seconds and instantiating its configurations needs the machine that will train (they
+refuse bf16 without a GPU), so the dataclasses are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ENUM_MODULES = ("transformers.trainer_utils", "transformers.training_args", "tr
 
 @dataclass(frozen=True)
 class Argument:
-    """A field of a dataclass: its annotation as written, its default (`UNSET` if not a literal), its choices."""
+    """A field of a dataclass: its annotation as written, its default (`UNSET` if no literal), its choices."""
 
     name: str
     annotation: str
@@ -44,7 +44,7 @@ def arguments(class_name: str) -> Mapping[str, Argument]:
 
 @cache
 def _module(name: str) -> ast.Module:
-    """The parsed source of an installed module; only the top-level package is looked up, nothing is imported."""
+    """The parsed source of an installed module; the top-level package is looked up, nothing is imported."""
     package, *inner = name.split(".")
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

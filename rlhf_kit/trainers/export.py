@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-KIT_MODULES = ("critic",)
+KIT_MODULES = re.compile(r"^(base_model\.model\.)?(critic|prm)\.")
 
 
 def without_kit_modules(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the critic."""
-    return {name: tensor for name, tensor in state.items() if not set(name.split(".")) & set(KIT_MODULES)}
+    """A state dict without the critic and a PRM that trains with the policy."""
+    return {name: tensor for name, tensor in state.items() if not KIT_MODULES.match(name)}
 
 
 def export_model(trainer: Trainer, folder: Path) -> None:

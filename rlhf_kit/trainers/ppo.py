@@ -14,10 +14,12 @@ from datasets import Dataset
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig
 
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
+from rlhf_kit.credit.implicit import implicit_rewards, outcome_cross_entropy
 from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
 from rlhf_kit.errors import RunError
@@ -25,18 +27,21 @@ from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.adapters import active_adapter
 from rlhf_kit.models.critic import CriticModel, ValueHead, add_critic, values_of_completion
 from rlhf_kit.models.ema import MovingAverage
+from rlhf_kit.models.joint import add_joint_prm
 from rlhf_kit.models.loading import load_model
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, rollout_outputs
 from rlhf_kit.rewards.config import BuildContext
-from rlhf_kit.rewards.implicit_prm import ImplicitPrm
+from rlhf_kit.rewards.implicit_prm import ImplicitPrm, ImplicitPrmConfig
 from rlhf_kit.rollout import Rollout, Text
 from rlhf_kit.trainers.assign import Episode, WeightedRewards, assign_credit
 from rlhf_kit.trainers.config import Critic, Ppo
 from rlhf_kit.trainers.diagnostics import RolloutLog
 from rlhf_kit.trainers.export import write_model, write_prm_record
+from rlhf_kit.trainers.ppo_state import load_state, save_state
+from rlhf_kit.trainers.resampling import Resampler
 from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets
 from rlhf_kit.trainers.scoring import Scores, Scoring
-from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, is_finite
+from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, Generated, Row, is_finite
 
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 
@@ -83,6 +88,9 @@ class PpoTrainer(CreditTrainer):
             self.model, config.model, self.temperature, self.accelerator.device, functions or {}
         )
         sources = [source.build(context) for source in config.rewards]
+        if config.stop_strings and not self.use_vllm:
+            # transformers finds stop strings by decoding, and TRL does not hand it the tokenizer.
+            policy.generate = partial(policy.generate, tokenizer=self.processing_class)
         self.scoring = Scoring(config.rewards, sources, config.accuracy_band, self.ranks)
         self.needs = frozenset().union(*(source.needs for source in sources))
         kl = config.credit.kl
@@ -95,27 +103,47 @@ class PpoTrainer(CreditTrainer):
         self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
         if self.critic_config is not None:
             add_critic(policy, self._critic(self.critic_config, policy))
+        self.joint_prm = self._join_prm(policy)
         self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
         self.skipped_updates = 0
         self.evaluations: list[tuple[int, float]] = []
         self._window = {"broken": False, "live": 0.0}
 
+    # -- rollout ----------------------------------------------------------------------------------------------------
+
+    def prepare_rows(self, rows: list[Row]) -> tuple[list[Row], Generated | None]:
+        """With `accuracy_band.mode: resample`, rows of prompts in the band and their completions."""
+        band = self.config.accuracy_band
+        if band is None or band.mode != "resample":
+            return rows, None
+        resample = Resampler(
+            self.train_dataset, self.num_generations, band.max_rounds, self.generate_rows, self._in_band, self.ranks
+        )
+        seed = (self.args.seed * 1_000_003 + self.micro_step) * 1_009 + self.accelerator.process_index
+        rows, generated, rounds = resample(rows, seed)
+        self.log_metric("credit/resample_rounds", float(rounds))
+        return rows, generated
+
+    def _in_band(self, rows: list[Row], generated: Generated) -> Tensor:
+        _, completion_ids, _, completions, *_ = generated
+        mask = pad_sequence([torch.ones(len(ids), dtype=torch.bool) for ids in completion_ids], batch_first=True)
+        ids = pad_sequence([torch.tensor(ids) for ids in completion_ids], batch_first=True)
+        batch = {"completion_ids": ids, "completion_mask": mask, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}
+        rollout = self._rollout(batch, rows, [row["prompt"] for row in rows], completions)
+        return self.scoring.local_band(rollout)
+
+    def ended_by_stop_string(self, ids: list[int]) -> bool:
+        if not self.config.stop_strings:
+            return False
+        return self.processing_class.decode(ids, skip_special_tokens=True).endswith(self.config.stop_strings)
+
     # -- credit -----------------------------------------------------------------------------------------------------
 
     def assign_credit(
-        self, batch: Batch, rows: list[dict[str, Any]], prompts: list[Text], completions: list[Text]
+        self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]
     ) -> Batch:
         """Score the rollout by every source and put the advantages of its tokens into the batch."""
-        rollout = build_rollout(
-            batch,
-            rows,
-            prompts,
-            completions,
-            temperature=self.temperature,
-            group_size=self.num_generations,
-            micro_batch_size=self.args.per_device_train_batch_size,
-            step=self.state.global_step,
-        )
+        rollout = self._rollout(batch, rows, prompts, completions)
         rollout = replace(rollout, offsets=rollout_offsets(self.processing_class, rollout))
         truncated = self._truncated(rollout)
         with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
@@ -136,9 +164,26 @@ class PpoTrainer(CreditTrainer):
             batch["returns"] = self.ranks.own_rows(credited.returns, rollout.action_mask)
         if self.uses_kl and self.config.credit.kl.where == "loss":
             batch["reference_logprobs"] = rollout.logprobs["reference"]
+        if self.joint_prm is not None and scores.outcomes is not None:
+            with_peers = self.scoring.with_peers(rollout, scores)
+            batch["prm_reference"] = self.joint_prm.reference_log_probs(rollout)
+            batch["prm_labels"] = scores.outcomes
+            batch["prm_offsets"] = self.joint_prm.offsets(with_peers, scores.outcomes)
         self._drop_rows(batch, rollout, self.ranks.own_rows(episode.valid, scores.valid))
         self.rollout_log.write(self, rollout, scores, weighted, episode, credited)
         return batch
+
+    def _rollout(self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]) -> Rollout:
+        return build_rollout(
+            batch,
+            rows,
+            prompts,
+            completions,
+            temperature=self.temperature,
+            group_size=self.num_generations,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            step=self.state.global_step,
+        )
 
     @torch.no_grad()
     def _add_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
@@ -223,7 +268,8 @@ class PpoTrainer(CreditTrainer):
     # -- loss -------------------------------------------------------------------------------------------------------
 
     def forward_options(self) -> dict[str, Any]:
-        return {"with_values": True} if self.critic_config is not None else {}
+        options = {"with_values": self.critic_config is not None, "with_prm": self.joint_prm is not None}
+        return {name: True for name, wanted in options.items() if wanted}
 
     def auxiliary_loss(self, output: Any, batch: Batch) -> Tensor | None:
         """Clipped value loss and KL in the loss, each a mean over the live tokens of the whole rollout."""
@@ -245,7 +291,23 @@ class PpoTrainer(CreditTrainer):
             log_probs = output.log_probs[:, -mask.shape[1] :].float()
             penalty = kl_penalty(log_probs, batch["reference_logprobs"], self.config.credit.kl.estimator)
             losses.append(self.kl_coefficient * masked_by(mask, penalty).sum() / tokens)
+        if self.joint_prm is not None:
+            losses.append(self._joint_prm_loss(output, batch, mask))
         return torch.stack(losses).sum() if losses else None
+
+    def _joint_prm_loss(self, output: Any, batch: Batch, mask: Tensor) -> Tensor:
+        """The PRM's cross-entropy, mean over live rows; 0 after the first epoch over the rollout."""
+        assert self.joint_prm is not None
+        log_probs = output.prm_log_probs[:, -mask.shape[1] :]
+        rewards = implicit_rewards(log_probs, batch["prm_reference"], mask, self.joint_prm.config.beta)
+        rows = outcome_cross_entropy(rewards, batch["prm_labels"], batch["prm_offsets"])
+        live = mask.any(dim=1)
+        loss = masked_by(live, rows).sum() / live.sum().clamp(min=1) / self.current_gradient_accumulation_steps
+        if self.first_pass_over_rollout:
+            self.log_metric(f"prm/{self.joint_prm.name}/loss", loss.item() * self.current_gradient_accumulation_steps)
+            return loss
+        # The PRM's parameters stay in the graph: DDP waits for the gradient of each.
+        return loss * 0.0
 
     def policy_loss_scale(self) -> float:
         warming = self.critic_config is not None and self.state.global_step < self.critic_config.warmup_steps
@@ -292,6 +354,12 @@ class PpoTrainer(CreditTrainer):
                     )
                     write_prm_record(target, source.config.beta, self.config.model.path)
 
+    def save_kit_state(self, folder: Path) -> None:
+        save_state(self, folder)
+
+    def load_kit_state(self, folder: Path) -> None:
+        load_state(self, folder)
+
     # -- parts ------------------------------------------------------------------------------------------------------
 
     def _reference(self) -> Scorer:
@@ -308,16 +376,31 @@ class PpoTrainer(CreditTrainer):
             return CriticModel(config.path or policy.config._name_or_path, policy.dtype)
         return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
 
+    def _join_prm(self, policy: PreTrainedModel) -> ImplicitPrm | None:
+        """Put a PRM whose order is `with_policy` inside the policy's forward."""
+        joint = [
+            source
+            for config, source in zip(self.config.rewards, self.scoring.sources, strict=True)
+            if isinstance(config, ImplicitPrmConfig) and config.online and config.online.order == "with_policy"
+        ]
+        if not joint:
+            return None
+        (source,) = joint
+        assert isinstance(source, ImplicitPrm)
+        shared = source.scorer.model is self.model
+        add_joint_prm(policy, None if shared else source.scorer.model, source.scorer.activate)
+        for parameter in source.trainable_parameters():
+            parameter.requires_grad_(True)
+        return source
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """TRL's optimiser, with the critic's parameters in a group of their own learning rate."""
+        """TRL's optimiser, with the critic and a joint PRM in groups of their own learning rates."""
         optimizer = super().create_optimizer(model)
-        rate = self.critic_config.learning_rate if self.critic_config is not None else None
-        if rate is not None:
-            names = {name: p for name, p in self.model.named_parameters() if ".critic." in f".{name}"}
-            critic = {id(parameter) for parameter in names.values()}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in critic]
-            optimizer.add_param_group({"params": list(names.values()), "lr": rate, "weight_decay": 0.0})
+        if self.critic_config is not None and self.critic_config.learning_rate is not None:
+            critic = [p for name, p in self.model.named_parameters() if ".critic." in f".{name}"]
+            _regroup(optimizer, critic, self.critic_config.learning_rate)
+        if self.joint_prm is not None and self.joint_prm.config.online is not None:
+            _regroup(optimizer, self.joint_prm.trainable_parameters(), self.joint_prm.config.online.learning_rate)
         return optimizer
 
     def evaluate(
@@ -344,6 +427,14 @@ class PpoTrainer(CreditTrainer):
         self.evaluations.append((self.state.global_step, metrics[f"{metric_key_prefix}_accuracy"]))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _regroup(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], rate: float) -> None:
+    """Move `parameters` to a group of their own, without weight decay."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
 
 
 class _FollowPolicy(TrainerCallback):

@@ -102,27 +102,33 @@ class Scoring:
             if getattr(config, "labels_outcomes", False):
                 labels.append((rewards.tokens.sum(dim=1), rewards.status == Status.OK))
         if labels:
-            given = torch.stack([ok for _, ok in labels])
-            values = torch.stack([value for value, _ in labels])
-            scores.outcomes = torch.where(given, values, 0.0).sum(dim=0) / given.sum(dim=0).clamp(min=1)
-            unlabelled = ~given.any(dim=0)
+            scores.outcomes, labelled = _mean_label(labels)
             if self._band is not None or self.online:
-                scores.valid &= ~unlabelled
+                scores.valid &= labelled
             self._apply_band(rollout, scores)
         return scores
 
+    def local_band(self, rollout: Rollout) -> Bool[Tensor, "B"]:
+        """Rows of this rank whose group's accuracy lies in the band, judged by the labelling sources alone."""
+        assert self._band is not None
+        labelling = [s for c, s in zip(self.configs, self.sources, strict=True) if getattr(c, "labels_outcomes", False)]
+        scored = [source.score(rollout) for source in labelling]
+        labels = [(rewards.tokens.sum(dim=1), rewards.status == Status.OK) for rewards in scored]
+        outcomes, labelled = _mean_label(labels)
+        return in_band(outcomes, labelled, rollout.group_size, self._band)
+
     def learn_and_score(self, rollout: Rollout, scores: Scores) -> None:
         """Online sources learn from the outcomes; then every process source scores."""
-        if scores.outcomes is not None:
-            rollout = replace(rollout, peer_outcomes=self._peer_outcomes(rollout, scores))
+        rollout = self.with_peers(rollout, scores)
         for config, source in zip(self.configs, self.sources, strict=True):
             if source.kind != "process":
                 continue
             update = self.online.get(source.name)
-            if update is not None and scores.outcomes is not None:
+            if scores.outcomes is not None:
                 valid = self._ranks.all_rows(scores.valid)
                 if valid.any():
                     source.observe(self._ranks.all_rows(scores.outcomes)[valid])
+            if update is not None and scores.outcomes is not None:
                 learnt = update.step(rollout, scores.outcomes, scores.valid)
                 scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt.items()})
             self._ask(config, source, rollout, scores)
@@ -175,12 +181,24 @@ class Scoring:
         scores.metrics["credit/in_band"] = inside.float().mean().item()
         scores.valid &= self._ranks.own_rows(inside, scores.valid)
 
+    def with_peers(self, rollout: Rollout, scores: Scores) -> Rollout:
+        """The rollout with `peer_outcomes`, if its outcomes are known."""
+        if scores.outcomes is None:
+            return rollout
+        return replace(rollout, peer_outcomes=self._peer_outcomes(rollout, scores))
+
     def _peer_outcomes(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B"]:
         assert scores.outcomes is not None
         outcomes, valid = self._ranks.all_rows(scores.outcomes), self._ranks.all_rows(scores.valid)
         groups = valid.view(-1, rollout.group_size).sum(dim=1).repeat_interleave(rollout.group_size)
         peers = torch.where(valid & (groups > 1), outcomes - rloo(outcomes, rollout.group_size, valid), 0.5)
         return self._ranks.own_rows(peers, scores.valid)
+
+
+def _mean_label(labels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "B"], Bool[Tensor, "B"]]:
+    """The mean of the labels that each row was given, and which rows were given any."""
+    values, given = (torch.stack(column) for column in zip(*labels, strict=True))
+    return torch.where(given, values, 0.0).sum(dim=0) / given.sum(dim=0).clamp(min=1), given.any(dim=0)
 
 
 def in_band(

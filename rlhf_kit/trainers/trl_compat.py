@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from rlhf_kit.rollout import Text
+from rlhf_kit.trainers.export import without_kit_modules
 
 Batch = dict[str, Any]
+Row = dict[str, Any]
+Generated = tuple[Any, ...]
 
 
 class ForwardRecorder:
@@ -47,12 +51,24 @@ class CreditTrainer(GRPOTrainer):
     def __init__(self, *args: Any, reward_names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, reward_funcs=[_placeholder(name) for name in reward_names], **kwargs)
         self._texts: tuple[list[Text], list[Text]] = ([], [])
-        self._rows: list[dict[str, Any]] = []
+        self._prepared: Generated | None = None
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
+    def prepare_rows(self, rows: list[Row]) -> tuple[list[Row], Generated | None]:
+        """The rows of the rollout, and their completions if they have been generated already."""
+        return rows, None
+
+    def ended_by_stop_string(self, ids: list[int]) -> bool:
+        """Whether a completion's text ends with a stop string."""
+        return False
+
+    def generate_rows(self, rows: list[Row]) -> Generated:
+        """What TRL's generation gives for `rows`: a tuple of lists, each with one entry a row, or None."""
+        return super()._generate([row["prompt"] for row in rows])
+
     def assign_credit(
-        self, batch: Batch, rows: list[dict[str, Any]], prompts: list[Text], completions: list[Text]
+        self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]
     ) -> Batch:
         """`batch` with `advantages` of shape (B, T)."""
         raise NotImplementedError
@@ -81,7 +97,9 @@ class CreditTrainer(GRPOTrainer):
         rewards = torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device)
         return self.accelerator.gather(rewards)
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
+        if self.model.training:
+            inputs, self._prepared = self.prepare_rows(inputs)
         batch = super()._generate_and_score_completions(inputs)
         prompts, completions = self._texts
         return self.assign_credit(batch, inputs, prompts, completions)
@@ -89,10 +107,16 @@ class CreditTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any):
         completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if not self.use_vllm:
-            # A row that ended by a stop string has no end-of-sequence token, so TRL leaves its padding in place.
+            # A row that ended by a stop string has no end-of-sequence token, so TRL takes its padding for actions.
             pad = self.processing_class.pad_token_id
-            completion_ids = [_without_trailing(ids, pad) for ids in completion_ids]
+            completion_ids = [_unpadded(ids, pad, self.ended_by_stop_string) for ids in completion_ids]
         return completion_ids, logprobs
+
+    def _generate(self, prompts: list[Text]):
+        if self._prepared is not None:
+            generated, self._prepared = self._prepared, None
+            return generated
+        return super()._generate(prompts)
 
     def eval_mode_generation(self) -> AbstractContextManager[Any]:
         """The policy, gathered and in evaluation mode, ready for `generate`."""
@@ -130,6 +154,38 @@ class CreditTrainer(GRPOTrainer):
             for parameter in model.parameters():
                 parameter.grad = None
         return norm
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_kit_state(self, folder: Path) -> None:
+        """Write what the kit adds to a checkpoint."""
+
+    def load_kit_state(self, folder: Path) -> None:
+        """Read back what `save_kit_state` wrote."""
+
+    def _save_checkpoint(self, model, trial):
+        # Before the rest: the trainer's state is written last, and says that the checkpoint is whole.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / "kit"
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_kit_state(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        state = state_dict if state_dict is not None else dict(self.model.state_dict())
+        super()._save(output_dir, state_dict=without_kit_modules(state))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_kit_state(Path(resume_from_checkpoint) / "kit")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            # Without this the first rollout after a resume would not be generated at a boundary.
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+
+    # -- log --------------------------------------------------------------------------------------------------------
 
     def log_metric(self, name: str, value: float, mode: str | None = None) -> None:
         """Add a value to the metric `name`; what is added until the next log is averaged."""
@@ -174,11 +230,12 @@ def _placeholder(name: str) -> Callable[..., list[float]]:
     return reward
 
 
-def _without_trailing(ids: list[int], pad: int) -> list[int]:
+def _unpadded(ids: list[int], pad: int, ended_by_stop_string: Callable[[list[int]], bool]) -> list[int]:
+    """`ids` without padding behind a stop string; a single token of padding may be an end of sequence."""
     end = len(ids)
-    while end > 1 and ids[end - 1] == pad and ids[end - 2] == pad:
+    while end > 1 and ids[end - 1] == pad:
         end -= 1
-    return ids[:end]
+    return ids[:end] if ended_by_stop_string(ids[:end]) else ids
 
 
 def is_finite(value: float | None) -> bool:

@@ -35,9 +35,9 @@ def _batch(draw, channels=1, group_size=1, min_groups=1):
 
 @pytest.fixture(scope="session")
 def batches():
-    """Strategy of a ragged (B, T) mask with holes and empty rows, and `channels` tensors of float32 or bfloat16.
+    """Strategy of a ragged (B, T) mask with holes and empty rows, and `channels` tensors of its shape.
 
-    Outside the mask the tensors hold NaN and infinities.
+    They are float32 or bfloat16, and hold NaN and infinities outside the mask.
     """
     return _batch
 

@@ -119,11 +119,11 @@ def test_rewards_of_zero_leave_the_outcome_alone():
 
 def test_errors_name_the_value_and_the_choices():
     scores, mask = torch.zeros(3), torch.ones(3, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="3 rows .* groups of 2"):
+    with pytest.raises(ValueError, match=r"3 rows .* groups of 2"):
         rloo(scores, 2)
     with pytest.raises(ValueError, match="groups of 0"):
         group_centred(scores, 0)
-    with pytest.raises(ValueError, match="'std'.*none, group, batch"):
+    with pytest.raises(ValueError, match=r"'std'.*none, group, batch"):
         group_centred(scores, 3, "std")
-    with pytest.raises(ValueError, match="'later'.*return_to_go, immediate"):
+    with pytest.raises(ValueError, match=r"'later'.*return_to_go, immediate"):
         prime_advantages(torch.zeros(3, 2), scores, mask, 3, horizon="later")

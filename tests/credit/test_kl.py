@@ -40,7 +40,7 @@ def test_k2_has_the_gradient_of_the_divergence_when_it_is_a_loss():
 
 
 def test_unknown_estimator():
-    with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
+    with pytest.raises(ValueError, match=r"'k4'.*k1, k2, k3"):
         kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
 
 

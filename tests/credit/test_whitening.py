@@ -71,7 +71,8 @@ def test_whitening_over_ranks(tmp_path):
     source = Path(rlhf_kit.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, worker, str(rank), "2", tmp_path], env=environment) for rank in range(2)
+        subprocess.Popen([sys.executable, worker, str(rank), "2", tmp_path], env=environment)
+        for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     results = [torch.load(tmp_path / f"out{rank}.pt") for rank in range(2)]

@@ -67,5 +67,5 @@ def test_the_exact_verifier_agrees_with_the_published_labels():
         pytest.skip("RLHF_KIT_DATA names no folder with gsm8k/example_model_solutions.jsonl")
     data = load_data(Gsm8kSolutions(type="gsm8k_solutions", path=str(path), limit=300))
     assert len(data) == 1200
-    for row in data:
+    for row in data.to_list():
         assert (verify("exact", row["completion"], row) == 1.0) == row["label"]

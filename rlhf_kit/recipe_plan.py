@@ -1,0 +1,101 @@
+"""What a recipe will do, stage by stage, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf_kit.models.config import Scratch
+from rlhf_kit.rewards.config import Schedule
+from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.runs.config import Recipe
+from rlhf_kit.trainers.args import argument, batch_of, config_class
+from rlhf_kit.trainers.config import Critic, Ppo, Reward, Sft
+
+Stage = Sft | Reward | Ppo
+Section = tuple[str, list[tuple[str, str]]]
+
+
+def plan(recipe: Recipe, world_size: int) -> list[Section]:
+    """One section a stage: its title, and what it does as (topic, text)."""
+    sections = []
+    for number, (name, stage) in enumerate(recipe.stages.items(), 1):
+        title = f"{number}. {name}" if name == stage.type else f"{number}. {name} ({stage.type})"
+        rows = list(_rows(stage, world_size))
+        sections.append((title, [*rows, ("writes", str(recipe.stage_folder(name)))]))
+    return sections
+
+
+def _rows(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
+    yield "model", _model(stage.model)
+    yield "data", _data(stage.data)
+    if isinstance(stage, Sft | Ppo) and stage.evaluation:
+        yield "evaluation", f"{stage.evaluation.verifier} on {_data(stage.eval_data)}"
+    if isinstance(stage, Reward):
+        objective, config = stage.objective, config_class(stage.type, stage.objective)
+        offset = "" if stage.offset == "none" else f", {stage.offset} offset"
+        yield "objective", f"{objective}, beta {stage.beta:g}{offset} ({config})"
+    if isinstance(stage, Ppo):
+        for source in stage.rewards:
+            yield "reward", _source(source)
+        yield "credit", _credit(stage)
+    yield from _batch(stage, world_size)
+
+
+def _model(model: Any) -> str:
+    if isinstance(model, Scratch):
+        return f"new Llama, {model.num_hidden_layers} layers of {model.hidden_size}, random weights"
+    lora = f", LoRA r {model.peft.r}" if model.peft else ""
+    return f"{model.path} ({model.dtype}{lora})"
+
+
+def _data(data: Any) -> str:
+    if data.type == "sampled":
+        return f"{data.num_generations} samples of {data.model} a prompt of {_data(data.prompts)}"
+    where = getattr(data, "path", None) or getattr(data, "task", None)
+    size = f"{data.size} rows" if hasattr(data, "size") else ""
+    part = f"at most {data.limit}" if data.limit else ""
+    return ", ".join(item for item in (data.type, where, size, part) if item)
+
+
+def _source(source: Any) -> str:
+    weight = source.weight
+    shown = (
+        f"{weight.start:g} to {weight.end:g} over {weight.steps} steps"
+        if isinstance(weight, Schedule)
+        else f"{weight:g}"
+    )
+    text = f"{source.source_name}: {source.kind}, weight {shown}"
+    if isinstance(source, ImplicitPrmConfig):
+        online = f"learns online ({source.online.order})" if source.online else "frozen"
+        text += f", beta {source.beta:g}, reference {source.reference}, {online}"
+        text += f", from {source.path or 'the policy'}"
+    return text
+
+
+def _credit(stage: Ppo) -> str:
+    credit, kl = stage.credit, stage.credit.kl
+    parts = [credit.estimator, f"gamma {credit.gamma:g}"]
+    if credit.estimator == "gae":
+        critic = stage.critic or Critic()
+        parts += [f"lambda {credit.lam:g}", f"critic {critic.type}"]
+    parts += ["whitened"] if credit.whiten else []
+    if kl.coefficient:
+        parts.append(f"KL {kl.coefficient:g} {kl.estimator} in the {kl.where}")
+    return ", ".join(parts)
+
+
+def _batch(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
+    batch = batch_of(stage, world_size)
+    rows = "completions" if isinstance(stage, Ppo) else "rows"
+    processes = f"{world_size} process" if world_size == 1 else f"{world_size} processes"
+    product = f"{processes} x {batch.per_device} per device x {batch.accumulation} accumulated"
+    yield "batch", f"{product} = {batch.rows_per_update} {rows} per update"
+    if isinstance(stage, Ppo):
+        groups = f"{batch.num_generations} per prompt = {batch.prompts_per_update:g} prompts per update"
+        updates = f"{batch.updates_per_rollout:g} update{'s' * (batch.updates_per_rollout != 1)}"
+        rollout = f"{batch.rollout} completions for {updates}"
+        yield "rollout", f"{rollout}; {groups}"
+    max_steps = argument(stage, "max_steps")
+    epochs = f"{argument(stage, 'num_train_epochs'):g} epochs over the data"
+    yield "length", f"{max_steps} update{'s' * (max_steps != 1)}" if max_steps > 0 else epochs

@@ -1,0 +1,100 @@
+"""What watches a stage: the run folder's metrics, and a progress bar for the person in front of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from rlhf_kit.runs.metrics import MetricsWriter, truncate_samples_after
+
+SHOWN = {"accuracy": "accuracy", "eval_accuracy": "held-out", "kl": "KL", "loss": "loss"}
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes every logged number to `metrics.jsonl`; on resume, drops what will be logged again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = MetricsWriter(folder)
+        self._folder = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step > 0:
+            self._writer.truncate_after(state.global_step)
+            truncate_samples_after(self._folder, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        numbers = {key: value for key, value in (logs or {}).items() if _is_number(value)}
+        if state.is_world_process_zero and numbers:
+            self._writer.write(state.global_step, numbers)
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with the numbers that matter; a line per log where there is no terminal. Main process only."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._title = title
+        self._console = console or Console(file=sys.stderr)
+        self._progress: Progress | None = None
+        self._numbers: dict[str, str] = {}
+        self._tokens: tuple[float, float] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            self._title, total=state.max_steps, completed=state.global_step, numbers=""
+        )
+        self._progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        self._numbers |= self._pick(logs)
+        line = "  ".join(f"{name} {value}" for name, value in self._numbers.items())
+        if self._progress is not None:
+            self._progress.update(self._task, numbers=line)
+        elif not self._console.is_terminal and self._numbers:
+            self._console.print(f"{self._title} {state.global_step}/{state.max_steps}  {line}", soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _pick(self, logs: Mapping[str, Any]) -> dict[str, str]:
+        picked = {label: f"{logs[key]:.3f}" for key, label in SHOWN.items() if _is_number(logs.get(key))}
+        for key, value in logs.items():
+            if key.startswith("rewards/") and key.endswith("/mean") and _is_number(value):
+                picked[key.split("/")[1]] = f"{value:.3f}"
+            if key.startswith("prm/") and key.endswith("/step_auc") and _is_number(value):
+                picked["step AUC"] = f"{value:.2f}"
+        tokens = logs.get("num_tokens")
+        if _is_number(tokens):
+            now = time.monotonic()
+            if self._tokens is not None and now > self._tokens[1]:
+                picked["tokens/s"] = f"{(tokens - self._tokens[0]) / (now - self._tokens[1]):.0f}"
+            self._tokens = (tokens, now)
+        return picked
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,37 @@
+"""Completions sampled from a model, for `sampled` data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from rlhf_kit.data.config import Sampled
+from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.generation import generate
+from rlhf_kit.models.loading import load_model, load_tokenizer
+
+
+def sample_completions(
+    config: Sampled, prompts: Dataset, on_batch: Callable[[int], None] = lambda done: None
+) -> list[list[str]]:
+    """`config.num_generations` completions for every row of `prompts`."""
+    model_config = Pretrained(path=config.model)
+    model, tokenizer = load_model(model_config), load_tokenizer(model_config)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    set_seed(config.seed)
+    repeated = [prompt for prompt in prompts["prompt"] for _ in range(config.num_generations)]
+    texts = generate(
+        model,
+        tokenizer,
+        repeated,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+        on_batch=on_batch,
+    )
+    k = config.num_generations
+    return [texts[start : start + k] for start in range(0, len(texts), k)]

@@ -1,0 +1,113 @@
+"""The heat map tells each token's credit, and a completion cannot make it act."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf_kit.runs.heatmap import NEGATIVE, POSITIVE, advantage_scale, colour, heatmap_html, heatmap_page
+
+Parse = Callable[[str], Any]
+
+
+def test_the_sign_of_the_advantage_is_the_colour(parse: Parse) -> None:
+    sample = {"tokens": ["a", "b", "c"], "advantages": [2.0, -1.0, 0.0]}
+    styles = [token["style"] for token in parse(heatmap_html(sample)).tokens()]
+    assert styles == [
+        f"background:rgba({POSITIVE},0.72)",
+        f"background:rgba({NEGATIVE},0.36)",
+        "background:transparent",
+    ]
+
+
+def test_the_scale_is_symmetric_and_saturates() -> None:
+    assert colour(5.0, scale=1.0) == colour(1.0, scale=1.0)
+    assert colour(-0.5, scale=1.0) == colour(0.5, scale=1.0).replace(POSITIVE, NEGATIVE)
+    assert colour(None, scale=1.0) == "transparent"
+
+
+def test_one_outlier_does_not_set_the_scale() -> None:
+    sample = {"tokens": ["x"] * 100, "advantages": [-1.0] * 99 + [1000.0]}
+    assert advantage_scale([sample]) == 1.0
+
+
+def test_tokens_of_the_environment_neither_count_nor_have_a_colour(parse: Parse) -> None:
+    sample = {"tokens": ["a", "b"], "advantages": [1.0, 50.0], "action_mask": [True, False]}
+    assert advantage_scale([sample]) == 1.0
+    action, environment = parse(heatmap_html(sample)).tokens()
+    assert "style" not in environment
+    assert environment["class"] == "hm-other"
+    assert POSITIVE in (action["style"] or "")
+
+
+def test_pointing_at_a_token_tells_its_rewards_by_source(parse: Parse) -> None:
+    sample = {
+        "tokens": ["4", "2"],
+        "advantages": [0.5, -0.25],
+        "rewards": {"verifier": [0.0, 1.0], "implicit_prm": [0.125, None]},
+        "values": [0.75, 0.5],
+        "kl": [0.01, -0.02],
+    }
+    first, second = (dict(read_tip(token)) for token in parse(heatmap_html(sample)).tokens())
+    shared = {"reward verifier": "0", "reward implicit_prm": "+0.125", "value": "+0.75", "KL": "+0.01"}
+    assert first == {"advantage": "+0.5", **shared}
+    assert second["reward verifier"] == "+1"
+    assert second["reward implicit_prm"] == "–"
+    assert second["KL"] == "−0.02"
+
+
+def test_the_tokens_are_the_completion(parse: Parse) -> None:
+    tokens = ["Say", " <b>", "é\n", "  now", "&amp;"]
+    shown = parse(heatmap_html({"tokens": tokens, "advantages": [0.0] * 5})).text
+    assert "".join(tokens).replace("\n", "↵\n") in shown
+
+
+def test_a_hostile_completion_stays_text(parse: Parse, hostile: str, hostile_sample: dict) -> None:
+    page = parse(heatmap_page([hostile_sample]))
+    assert page.scripts == []
+    assert {tag for tag, _ in page.elements} <= {
+        "style", "div", "span", "article", "details", "summary", "pre", "b", "i",
+    }  # fmt: skip
+    assert not [attributes for _, attributes in page.elements if "onerror" in attributes]
+    assert hostile in page.text
+
+
+def test_control_characters_are_not_passed_on() -> None:
+    text = heatmap_html({"tokens": ["\x1b[31m", "\x00", "\ud800"], "advantages": [0.0] * 3})
+    assert not {"\x1b", "\x00", "\ud800"} & set(text)
+    text.encode("utf-8")
+
+
+def test_steps_of_known_truth_are_marked_under_their_last_token() -> None:
+    sample = {
+        "completion": "22 241 9",
+        "tokens": ["22", " 2", "41", " ", "9", "<|im_end|>"],
+        "advantages": [0.0] * 6,
+        "step_truth": [True, False],
+    }
+    shown = re.sub(r"<span[^>]*>|</span>", "", heatmap_html(sample).split('hm-steps">')[1])
+    assert shown.startswith('22<b>✓</b> 241<b class="hm-x">✗</b> 9&lt;|im_end|&gt;')
+
+
+@pytest.mark.parametrize(("outcome", "shown"), [(1.0, "right"), (0.0, "wrong"), (0.4, "outcome 0.4")])
+def test_the_outcome_is_told(outcome: float, shown: str, parse: Parse) -> None:
+    assert shown in parse(heatmap_html({"tokens": ["x"], "advantages": [0.0], "outcome": outcome})).text
+
+
+@pytest.mark.parametrize("sample", [{}, {"tokens": []}, {"tokens": ["x", "y"], "advantages": [None]}])
+def test_what_is_missing_is_no_error(sample: dict) -> None:
+    assert "<article" in heatmap_html(sample)
+
+
+def test_a_very_long_completion_is_cut_and_says_so(parse: Parse) -> None:
+    page = parse(heatmap_html({"tokens": ["x"] * 2500, "advantages": [1.0] * 2500}))
+    assert len(page.tokens()) == 2000
+    assert "500 more tokens" in page.text
+
+
+def read_tip(token: dict[str, str | None]) -> list[list[str]]:
+    """The rows of a token's read-out below its first line."""
+    return [re.split(r" {2,}", line) for line in (token["data-tip"] or "").splitlines()[1:]]
