@@ -116,7 +116,19 @@ enter() {
   export PATH="$venv/bin:$PATH" # DeepSpeed compiles its operators with the ninja that is installed there
   # ... and such builds fit one version of torch, so they stay with it.
   export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"
+  drop_stale_locks
 }
+
+# torch builds an operator while it holds a lock file open. A build that is killed leaves the file, and every
+# later run would wait for it without end and without a word.
+drop_stale_locks() {
+  local lock
+  for lock in "$TORCH_EXTENSIONS_DIR"/*/lock; do
+    if [ -e "$lock" ] && [ -d /proc/self/fd ] && ! is_open "$lock"; then rm -f "$lock"; fi
+  done
+}
+
+is_open() { [ -n "$(find -L /proc/[0-9]*/fd -maxdepth 1 -samefile "$1" 2>/dev/null)" ]; }
 
 # --- Running ---------------------------------------------------------------------------------------------
 

@@ -41,9 +41,7 @@ app = typer.Typer(
     """,
 )
 
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
-]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -140,9 +138,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = 
 
 @app.command()
 def report(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, such as runs/quickstart.")
-    ],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, such as runs/quickstart.")],
 ) -> None:
     """Write report.html into a run folder, with curves, sources and per-token credit, and print its path.
 
@@ -188,9 +184,11 @@ def _load(
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    """Say it once, whatever the number of processes, and exit."""
+    """Say it and exit; bad input, which every process finds, is said once."""
     if _is_main_process():
         print(message, file=sys.stderr)
+    elif code == FAILED:
+        print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -70,9 +70,7 @@ def _shape_problem(content: Mapping[str, Any]) -> Problem | None:
         return Problem("stages", f"expected a mapping of named stages, got {got}", remedy=remedy)
     if "type" in content:
         return None
-    near = next(
-        (key for key in content if key not in TOP_KEYS and did_you_mean(key, ["type", "stages"])), None
-    )
+    near = next((key for key in content if key not in TOP_KEYS and did_you_mean(key, ["type", "stages"])), None)
     if near is not None:
         return Problem(near, "unknown key", content[near], did_you_mean(near, ["type", "stages"]))
     remedy = f"choose one of {listed(STAGE_CLASSES)}, or give `stages: {{name: ...}}`"
@@ -103,9 +101,7 @@ def _replace_references(content: dict[str, Any]) -> tuple[dict[str, Any], list[P
         problem = _reference_problem(path, name, output, stages or {}, names)
         problems += [Problem(path, problem[0], text, problem[1])] if problem else []
     broken = {problem.value for problem in problems}
-    return _map_text(
-        content, lambda text: "." if text in broken else REFERENCE.sub(_output_path, text)
-    ), problems
+    return _map_text(content, lambda text: "." if text in broken else REFERENCE.sub(_output_path, text)), problems
 
 
 def _reference_problem(
@@ -176,9 +172,7 @@ def _validate(
     if single:
         prefix = f"stages.{next(iter(stages))}"
         problems = [
-            replace(problem, path=problem.path[len(prefix) + 1 :])
-            if problem.path.startswith(prefix)
-            else problem
+            replace(problem, path=problem.path[len(prefix) + 1 :]) if problem.path.startswith(prefix) else problem
             for problem in problems
         ]
     return recipe, problems
@@ -200,7 +194,7 @@ def _with_checked_args(stage: Any, seed: Any) -> tuple[Any, list[Problem]]:
 def _hint_at_args(problem: Problem, stages: Mapping[str, Any]) -> Problem:
     """An argument of the trainer that stands in the stage or in `trainer` is told where it belongs."""
     stage, *rest = problem.path.removeprefix("stages.").split(".")
-    if problem.message != "unknown key" or rest[:-1] not in ([], ["trainer"]):
+    if problem.message != "unknown key" or stage not in stages or rest[:-1] not in ([], ["trainer"]):
         return problem
     config = config_class(stages[stage]["type"], str(stages[stage].get("objective", "ce")))
     if rest[-1] not in arguments(config):

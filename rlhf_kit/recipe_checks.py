@@ -40,9 +40,7 @@ def _estimator(stage: Ppo) -> Iterator[Problem]:
     path = "trainer.args.num_generations"
     if group < 2 and credit.estimator in GROUP_ESTIMATORS:
         remedy = "write at least 2, or use credit.estimator gae or reinforce"
-        yield Problem(
-            path, f"credit.estimator {credit.estimator} compares completions of a prompt", group, remedy
-        )
+        yield Problem(path, f"credit.estimator {credit.estimator} compares completions of a prompt", group, remedy)
     elif group < 2 and credit.scale == "group":
         remedy = "write at least 2, or credit.scale none or batch"
         yield Problem(path, "credit.scale group divides by a group's standard deviation", group, remedy)
@@ -60,9 +58,7 @@ def _critic(stage: Ppo) -> Iterator[Problem]:
         remedy = "remove critic, or use credit.estimator gae"
         yield Problem("critic", f"is never used by credit.estimator {estimator}", remedy=remedy)
     if stage.critic is not None and stage.critic.type == "head" and stage.critic.path is not None:
-        yield Problem(
-            "critic.path", "is only for critic.type model", stage.critic.path, "remove it or set the type"
-        )
+        yield Problem("critic.path", "is only for critic.type model", stage.critic.path, "remove it or set the type")
     if stage.truncation.policy == "bootstrap" and estimator != "gae":
         remedy = "use credit.estimator gae, or truncation.policy terminal, mask or penalty"
         yield Problem("truncation.policy", f"needs a critic; {estimator} has none", "bootstrap", remedy)
@@ -88,9 +84,7 @@ def _sources(stage: Ppo) -> Iterator[Problem]:
             )
         if source.path is None and not source.online and source.reference == "initial":
             remedy = "set path to a trained PRM, or set online"
-            yield Problem(
-                path, "a frozen copy of the policy against itself rewards every token with 0", remedy=remedy
-            )
+            yield Problem(path, "a frozen copy of the policy against itself rewards every token with 0", remedy=remedy)
 
 
 def _accuracy_band(stage: Ppo) -> Iterator[Problem]:
@@ -115,16 +109,12 @@ def _reward(stage: Reward) -> Iterator[Problem]:
         if isinstance(data, Gsm8kSolutions) and data.paired != paired:
             kind = "pairs" if paired else "single completions with labels"
             remedy = f"write paired: {str(paired).lower()}"
-            yield Problem(
-                f"{path}.paired", f"objective {stage.objective} learns from {kind}", data.paired, remedy
-            )
+            yield Problem(f"{path}.paired", f"objective {stage.objective} learns from {kind}", data.paired, remedy)
         if isinstance(data, Sampled) and paired:
             what = f"objective {stage.objective} learns from pairs; sampled rows are single completions"
             yield Problem(f"{path}.type", what, "sampled", "use objective ce or kto")
     if stage.offset != "none" and stage.objective != "ce":
-        yield Problem(
-            "offset", f"is never used by objective {stage.objective}", stage.offset, "write none, or use ce"
-        )
+        yield Problem("offset", f"is never used by objective {stage.objective}", stage.offset, "write none, or use ce")
 
 
 def _data(stage: Stage) -> Iterator[Problem]:
@@ -136,9 +126,7 @@ def _data(stage: Stage) -> Iterator[Problem]:
         if stage.evaluation is not None and stage.eval_data is None:
             yield Problem("evaluation", "has no prompts", remedy="add eval_data")
     if isinstance(stage, Ppo) and stage.eval_data is not None and stage.evaluation is None:
-        yield Problem(
-            "eval_data", "is never used", remedy="add evaluation, e.g. {verifier: math}, or remove it"
-        )
+        yield Problem("eval_data", "is never used", remedy="add evaluation, e.g. {verifier: math}, or remove it")
 
 
 def _model(stage: Stage) -> Iterator[Problem]:
@@ -217,9 +205,7 @@ def _credit_warnings(credit: Credit) -> Iterator[Problem]:
     kl, defaults = credit.kl, Credit(estimator=credit.estimator)
     if kl.coefficient and kl.where == "loss" and kl.estimator == "k1":
         remedy = "use k2 in the loss, or k1 in the reward"
-        yield Problem(
-            "credit.kl.estimator", "k1 in the loss has a gradient of 0 in expectation", "k1", remedy
-        )
+        yield Problem("credit.kl.estimator", "k1 in the loss has a gradient of 0 in expectation", "k1", remedy)
     if kl.coefficient and kl.where == "reward" and kl.estimator != "k1":
         what = "in the reward it does not give the gradient of the reverse KL"
         yield Problem("credit.kl.estimator", what, kl.estimator, "use k1 in the reward")
@@ -233,9 +219,7 @@ def _source_warnings(stage: Ppo) -> Iterator[Problem]:
     for index, source in enumerate(stage.rewards):
         if isinstance(source, ImplicitPrmConfig) and source.path is None and not source.online:
             remedy = "set path to a trained PRM, or set online"
-            yield Problem(
-                f"rewards.{index}", "a frozen copy of the policy says nothing about outcomes", remedy=remedy
-            )
+            yield Problem(f"rewards.{index}", "a frozen copy of the policy says nothing about outcomes", remedy=remedy)
 
 
 def _argument_warnings(stage: Stage) -> Iterator[Problem]:
@@ -243,8 +227,6 @@ def _argument_warnings(stage: Stage) -> Iterator[Problem]:
     trackers = args.get("report_to")
     for tracker in trackers if isinstance(trackers, list) else [trackers]:
         if tracker in ("wandb", "tensorboard", "trackio", "mlflow", "swanlab") and not find_spec(tracker):
-            yield Problem(
-                "trainer.args.report_to", "is not installed here", tracker, f"pip install {tracker}"
-            )
+            yield Problem("trainer.args.report_to", "is not installed here", tracker, f"pip install {tracker}")
     if args.get("use_vllm") and not find_spec("vllm"):
         yield Problem("trainer.args.use_vllm", "vLLM is not installed here", True, "pip install vllm")

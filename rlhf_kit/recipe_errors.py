@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -29,15 +29,30 @@ _EXPECTED = {
 def validate(annotation: Any, data: Any) -> tuple[Any, list[Problem]]:
     """The validated object, or `None` and every problem with `data`."""
     try:
-        return TypeAdapter(annotation).validate_python(data), []
+        valid = TypeAdapter(annotation).validate_python(data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
+    else:
+        mistaken = list(_numbers_from_booleans(valid, data, ""))
+        return (None if mistaken else valid), mistaken
     located = [(_locate(annotation, item["loc"], data), item) for item in errors]
     problems: dict[str, list[Problem]] = {}
     for place, item in located:
         problems.setdefault(place.path, []).append(_problem(place, item))
     paths = [place.path for place, _ in located]
     return None, [problem for path in dict.fromkeys(paths) for problem in _merge(problems[path], path, paths)]
+
+
+def _numbers_from_booleans(valid: Any, data: Any, path: str) -> Iterator[Problem]:
+    """Where `true` or `false` stands for a number: pydantic reads them as 1 and 0."""
+    if isinstance(data, bool):
+        if not isinstance(valid, bool):
+            yield Problem(path, "expected a number, got true or false", data, "write a number")
+        return
+    items: Any = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        inner = getattr(valid, key) if isinstance(valid, BaseModel) else valid[key]
+        yield from _numbers_from_booleans(inner, value, f"{path}.{key}" if path else str(key))
 
 
 class _Place:
@@ -134,9 +149,7 @@ def _problem(place: _Place, error: Mapping[str, Any]) -> Problem:
         return Problem(place.path, str(context["error"]), _simple(place.value))
     expected = _expected(kind)
     if expected:
-        return Problem(
-            place.path, f"expected {expected}, got {describe(place.value)}", *_hint(place, expected)
-        )
+        return Problem(place.path, f"expected {expected}, got {describe(place.value)}", *_hint(place, expected))
     if kind == "too_short":
         return Problem(place.path, f"needs at least {context['min_length']} item", place.value)
     return Problem(place.path, error["msg"].replace("Input should", "must"), _simple(place.value))
@@ -218,8 +231,6 @@ def _merge(problems: list[Problem], path: str, paths: Sequence[str]) -> list[Pro
     expected = [problem.message for problem in problems if problem.message.startswith("expected ")]
     if len(expected) < 2:
         return [first]
-    wanted = " or ".join(
-        dict.fromkeys(text.removeprefix("expected ").split(", got ")[0] for text in expected)
-    )
+    wanted = " or ".join(dict.fromkeys(text.removeprefix("expected ").split(", got ")[0] for text in expected))
     got = first.message.split(", got ")[1]
     return [Problem(path, f"expected {wanted}, got {got}", first.value, f"write {wanted}")]

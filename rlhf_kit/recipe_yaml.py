@@ -40,9 +40,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else "a single value"
         remedy = "a recipe is a mapping: `type: ...` of one stage, or `stages: {name: ...}`"
-        raise RecipeError(
-            path, [Problem("", f"expected a mapping of keys to values, got {kind}", remedy=remedy)]
-        )
+        raise RecipeError(path, [Problem("", f"expected a mapping of keys to values, got {kind}", remedy=remedy)])
     return content
 
 
@@ -98,9 +96,7 @@ def _key_problems(root: yaml.Node) -> Iterator[Problem]:
                     continue
                 name, line = str(key.value), key.start_mark.line + 1
                 if key.tag != "tag:yaml.org,2002:str":
-                    yield Problem(
-                        path, f"line {line}: a key must be text", key.value, "put the key in quotes"
-                    )
+                    yield Problem(path, f"line {line}: a key must be text", key.value, "put the key in quotes")
                 elif name in lines:
                     twice = f"duplicate key, on lines {lines[name]} and {line}"
                     yield Problem(_join(path, name), twice, remedy="keep one of the two")
@@ -110,9 +106,7 @@ def _key_problems(root: yaml.Node) -> Iterator[Problem]:
     yield from walk(root, "", ())
 
 
-def apply_overrides(
-    content: dict[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], list[Problem]]:
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
     """The recipe after each of `key=value` (the value is YAML; nothing is null) and `~key` (delete).
 
     They are applied in order. Keys are dotted paths; numbers index lists. A value replaces what was there.
@@ -141,9 +135,7 @@ def _set(config: DictConfig, override: str) -> Problem | None:
         problems, value = [_syntax_problem(error)], None
     problems = problems or list(_grammar_problems({key: value}))
     if problems:
-        return Problem(
-            key, f"override: {problems[0].message}", text, "the value must be YAML; quote it if need be"
-        )
+        return Problem(key, f"override: {problems[0].message}", text, "the value must be YAML; quote it if need be")
     *parents, last = key.split(".")
     missing = _missing_item(config, [*parents, last], setting=True)
     if missing is None:
@@ -207,9 +199,10 @@ def resolve(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     if problems:
         return dict(content), problems
     config = OmegaConf.create(dict(content))
-    problems = list(_broken(config, OmegaConf.to_container(config, resolve=False), ""))
-    for problem in problems:
-        OmegaConf.update(config, problem.path, None, merge=False)
+    broken = list(_broken(config, OmegaConf.to_container(config, resolve=False), ""))
+    for _, parent, key in broken:
+        parent[key] = None
+    problems = [problem for problem, _, _ in broken]
     return OmegaConf.to_container(config, resolve=True), problems  # pyright: ignore[reportReturnType]
 
 
@@ -223,17 +216,17 @@ def _grammar_problems(node: Any, path: str = "") -> Iterator[Problem]:
                 yield Problem(where, "malformed interpolation", text, remedy)
 
 
-def _broken(config: DictConfig | ListConfig, raw: Any, path: str) -> Iterator[Problem]:
-    """The leaves whose interpolation fails or that still read `???`."""
+def _broken(config: DictConfig | ListConfig, raw: Any, path: str) -> Iterator[tuple[Problem, Any, Any]]:
+    """The leaves whose interpolation fails or that still read `???`, each with its parent and its key there."""
     for key in range(len(config)) if isinstance(config, ListConfig) else list(config):
         where = _join(path, key)
         if OmegaConf.is_missing(config, key):
-            yield Problem(where, "has no value yet", raw[key], f"give it one: {where}=...")
+            yield Problem(where, "has no value yet", raw[key], f"give it one: {where}=..."), config, key
             continue
         try:
             child = config[key]  # pyright: ignore[reportArgumentType]
         except OmegaConfBaseException as error:
-            yield Problem(where, _first_line(error), raw[key], _interpolation_remedy(str(error)))
+            yield Problem(where, _first_line(error), raw[key], _interpolation_remedy(str(error))), config, key
             continue
         if isinstance(child, DictConfig | ListConfig) and not OmegaConf.is_interpolation(config, key):
             yield from _broken(child, raw[key], where)

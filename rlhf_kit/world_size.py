@@ -35,13 +35,9 @@ def world_size_of(
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            path, [Problem("", f"cannot be read: {error}", remedy="see `accelerate config`")]
-        ) from None
+        raise RecipeError(path, [Problem("", f"cannot be read: {error}", remedy="see `accelerate config`")]) from None
     if not isinstance(content, dict):
-        raise RecipeError(
-            path, [Problem("", "is no accelerate configuration", remedy="see `accelerate config`")]
-        )
+        raise RecipeError(path, [Problem("", "is no accelerate configuration", remedy="see `accelerate config`")])
     said = content.get("num_processes")
     if said is not None and (type(said) is not int or said < 1):
         raise RecipeError(path, [Problem("num_processes", "must be a positive integer", said)])
@@ -62,9 +58,7 @@ def _config_path(config: str) -> Path:
     for folder in folders:
         if (folder / f"{config}.yaml").is_file():
             return folder / f"{config}.yaml"
-    remedy = did_you_mean(
-        config, names, f"there are {listed(names)}" if names else "give the path of a YAML file"
-    )
+    remedy = did_you_mean(config, names, f"there are {listed(names)}" if names else "give the path of a YAML file")
     raise RecipeError("--config", [Problem("", "no such accelerate configuration", config, remedy)])
 
 

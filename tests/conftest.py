@@ -1,4 +1,4 @@
-"""Settings for every test: nothing reaches the network, and small models use few threads."""
+"""Settings for every test: nothing reaches the network, and tokenizers start no threads of their own."""
 
 import os
 

@@ -38,9 +38,7 @@ def imports(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_room_imports_only_what_lies_below_it(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    imported = {name.split(".")[1] for name in imports(path) if name.startswith("rlhf_kit.")} - {
-        "__version__"
-    }
+    imported = {name.split(".")[1] for name in imports(path) if name.startswith("rlhf_kit.")} - {"__version__"}
     if room != "__init__":
         assert {other for other in imported if TIER[other] > TIER[room]} == set()
 
@@ -50,8 +48,6 @@ def test_only_trl_compat_touches_what_trl_does_not_promise(path: Path) -> None:
     if path != PACKAGE / "trainers" / "trl_compat.py":
         names = [name.split(".") for name in imports(path)]
         unpromised = [
-            name
-            for name in names
-            if name[0] == "trl" and any(p[0] == "_" or p == "experimental" for p in name)
+            name for name in names if name[0] == "trl" and any(p[0] == "_" or p == "experimental" for p in name)
         ]
         assert unpromised == []

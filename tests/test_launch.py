@@ -194,6 +194,14 @@ class TestSettingUp:
         checkout.launch("check")
         assert len(checkout.pip_calls()) == 3
 
+    def test_only_the_lock_of_a_build_that_was_killed_is_removed(self, checkout: Checkout):
+        stale = checkout.write("builds/killed/lock", "")
+        held = checkout.write("builds/running/lock", "")
+        with held.open():
+            checkout.launch("check", TORCH_EXTENSIONS_DIR=str(checkout.folder / "builds"))
+        assert not stale.exists()
+        assert held.exists()
+
     def test_output_is_the_programs_own(self, checkout: Checkout):
         result = checkout.launch("check")
         assert len(result.stdout.splitlines()) == 1

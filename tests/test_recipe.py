@@ -166,15 +166,11 @@ def test_scalars_are_yaml_1_2() -> None:
 
 
 def test_a_number_in_quotes_is_a_number_to_the_trainer() -> None:
-    assert (
-        load(SINGLE, "trainer.args.learning_rate='1e-6'").stages["ppo"].trainer.args["learning_rate"] == 1e-6
-    )
+    assert load(SINGLE, "trainer.args.learning_rate='1e-6'").stages["ppo"].trainer.args["learning_rate"] == 1e-6
 
 
 def test_anchors_and_merge_keys_are_yamls() -> None:
-    text = PIPELINE.replace(
-        "data: {type: running_sums, size: 100}", "data: &d {type: running_sums, size: 100}"
-    )
+    text = PIPELINE.replace("data: {type: running_sums, size: 100}", "data: &d {type: running_sums, size: 100}")
     text = text.replace('{type: running_sums, size: "${stages.sft.data.size}"}', "{<<: *d, seed: 5}")
     data = ppo_of(load(text)).data
     assert (data.size, data.seed) == (100, 5)  # pyright: ignore
@@ -230,9 +226,7 @@ def test_a_tilde_deletes_a_key() -> None:
 
 
 def test_an_override_can_add_a_stage() -> None:
-    recipe = load(
-        PIPELINE, "stages.more={type: sft, model: {path: '${stages.ppo.model}'}, data: '${stages.sft.data}'}"
-    )
+    recipe = load(PIPELINE, "stages.more={type: sft, model: {path: '${stages.ppo.model}'}, data: '${stages.sft.data}'}")
     assert list(recipe.stages)[-1] == "more"
 
 
@@ -319,9 +313,7 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(content: bytes, fragmen
 
 def test_a_missing_file_names_its_neighbours() -> None:
     Path("quickstart.yaml").write_text(SINGLE)
-    with pytest.raises(
-        RecipeError, match=r"quickstrat\.yaml: no such recipe file; did you mean quickstart\.yaml\?"
-    ):
+    with pytest.raises(RecipeError, match=r"quickstrat\.yaml: no such recipe file; did you mean quickstart\.yaml\?"):
         load_recipe("quickstrat.yaml")
     with pytest.raises(RecipeError, match=r"zzz\.yml: no such recipe file; the folder has quickstart\.yaml"):
         load_recipe("zzz.yml")
@@ -372,6 +364,8 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         (["credit.estimator=[gae]"], ["credit.estimator: not a valid choice (value ['gae'])"]),
         (["data.size=ten"], ["data.size: expected an integer, got text (value 'ten')"]),
         (["data.size=1.5"], ["data.size: expected an integer, got a number (value 1.5)"]),
+        (["data.size=true"], ["data.size: expected a number, got true or false (value True); write a number"]),
+        (["rewards.0.weight=true"], ["rewards.0.weight: expected a number, got true or false"]),
         (["data.size=0"], ["data.size: must be greater than 0 (value 0)"]),
         (["data.size="], ["data.size: expected an integer, got null"]),
         (
@@ -477,13 +471,20 @@ def paths_of(node: object, path: str = "") -> list[str]:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.sampled_from(["ppo", "sft"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "path", "x"]), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["ppo", "sft"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "path", "x"]), inner, max_size=2)
+    ),
     max_leaves=3,
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(st.sampled_from([PIPELINE, SINGLE, REWARD]), st.data())
 def test_a_recipe_with_any_field_replaced_loads_or_is_refused_in_lines(text: str, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(paths_of(yaml.safe_load(text))))
@@ -495,7 +496,7 @@ def test_a_recipe_with_any_field_replaced_loads_or_is_refused_in_lines(text: str
         assert all(problem.message for problem in error.problems)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(st.binary(max_size=60) | st.text("{}[]:,-&*!|>'\"%@`#?~$. \n\tab1", max_size=30).map(str.encode))
 def test_any_file_loads_or_is_refused_in_lines(content: bytes) -> None:
     Path("recipe.yaml").write_bytes(content)
@@ -537,6 +538,11 @@ def test_a_broken_reference_is_one_line(override: str, fragments: list[str]) -> 
         assert fragment in line
 
 
+def test_a_broken_interpolation_under_a_key_with_a_dot_is_reported() -> None:
+    (line,) = lines(SINGLE, "data.columns={a.b: '${nowhere}'}")
+    assert line.startswith("data.columns.a.b: Interpolation key 'nowhere' not found")
+
+
 def test_references_that_go_in_a_circle_are_reported() -> None:
     found = lines(SINGLE, "data.seed=${data.skip}", "data.skip=${data.seed}")
     assert len(found) == 2
@@ -544,15 +550,11 @@ def test_references_that_go_in_a_circle_are_reported() -> None:
 
 
 def test_a_malformed_interpolation_is_reported_with_its_field() -> None:
-    assert lines(SINGLE.replace("size: 100", 'size: "${"'))[0].startswith(
-        "data.size: malformed interpolation"
-    )
+    assert lines(SINGLE.replace("size: 100", 'size: "${"'))[0].startswith("data.size: malformed interpolation")
 
 
 def test_a_single_stage_has_nothing_to_refer_to() -> None:
-    (line,) = lines(
-        SINGLE.replace("{type: scratch, vocabulary: running_sums}", '{path: "${stages.sft.model}"}')
-    )
+    (line,) = lines(SINGLE.replace("{type: scratch, vocabulary: running_sums}", '{path: "${stages.sft.model}"}'))
     assert "this recipe has none to refer to" in line
 
 
@@ -849,9 +851,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("name", ["cpu_ddp", "ddp", "zero1", "zero2", "zero3"])
 def test_the_configurations_of_the_kit_start_a_process_a_gpu_or_two(name: str) -> None:
-    assert world_size_of(name, environment={"CUDA_VISIBLE_DEVICES": "0,1,2"}) == (
-        2 if name == "cpu_ddp" else 3
-    )
+    assert world_size_of(name, environment={"CUDA_VISIBLE_DEVICES": "0,1,2"}) == (2 if name == "cpu_ddp" else 3)
     assert world_size_of(name, environment={"CUDA_VISIBLE_DEVICES": ""}) == 2
     assert world_size_of(name, environment={"CUDA_VISIBLE_DEVICES": "-1"}) == 2
     assert world_size_of(name, 4, environment={}) == 4

@@ -16,9 +16,7 @@ _SCALES = ("none", "group", "batch")
 _HORIZONS = ("return_to_go", "immediate")
 
 
-def rloo(
-    scores: Float[Tensor, "B"], group_size: int, valid: Bool[Tensor, "B"] | None = None
-) -> Float32[Tensor, "B"]:
+def rloo(scores: Float[Tensor, "B"], group_size: int, valid: Bool[Tensor, "B"] | None = None) -> Float32[Tensor, "B"]:
     """Score minus the mean of the other valid rows of its group, `s_i - mean_{j != i} s_j`.
 
     REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al., arXiv 2402.14740, section 3.2). The baseline

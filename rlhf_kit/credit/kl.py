@@ -62,9 +62,7 @@ class AdaptiveKl:
             ValueError: if `kl` is not finite, or the horizon is so short that the coefficient could reach 0.
         """
         if not math.isfinite(kl):
-            raise ValueError(
-                f"KL of {kl} would spoil the coefficient for good; skip the update of this rollout"
-            )
+            raise ValueError(f"KL of {kl} would spoil the coefficient for good; skip the update of this rollout")
         if completions >= 5 * self.horizon:
             raise ValueError(
                 f"{completions} completions per update over a horizon of {self.horizon} could make the "

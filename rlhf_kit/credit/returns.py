@@ -29,9 +29,7 @@ def gae(
     return advantages, advantages + values
 
 
-def reinforce_returns(
-    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float
-) -> Float32[Tensor, "B T"]:
+def reinforce_returns(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float) -> Float32[Tensor, "B T"]:
     """Discounted reward-to-go, `G_t = r_t + gamma G_{t+1}`, where t+1 is the next action token.
 
     For gamma below 1 the sum of `G_t grad log pi_t` leaves out the factor `gamma^t` of the discounted
@@ -40,9 +38,7 @@ def reinforce_returns(
     return _discounted_sum(rewards, mask, gamma)
 
 
-def _discounted_sum(
-    terms: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], discount: float
-) -> Float32[Tensor, "B T"]:
+def _discounted_sum(terms: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], discount: float) -> Float32[Tensor, "B T"]:
     """`S_t = terms_t + discount * S_{t+1}` over action tokens."""
     terms = zero_outside(terms, mask)
     sums = torch.zeros_like(terms)

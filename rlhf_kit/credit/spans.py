@@ -30,14 +30,13 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> Any: ...
 
 
-def token_offsets(
-    tokenizer: Decoder, ids: Sequence[int], skip_special_tokens: bool = True
-) -> list[CharRange]:
+def token_offsets(tokenizer: Decoder, ids: Sequence[int], skip_special_tokens: bool = True) -> list[CharRange]:
     """Character range of each token within `tokenizer.decode(ids, skip_special_tokens=...)`.
 
     A token's range is what decoding one token more adds to the text. Every character is in the range of some
     token; a character whose bytes lie in several tokens is in the range of each. Tokens that leave no text
-    (special tokens, a space that the decoder strips) have an empty range where they stand.
+    (special tokens, a space that the decoder strips) have an empty range where they stand. Where one broken
+    byte makes the decoder give up whole characters before it (byte fallback), ranges may be too wide.
     """
     ids = list(ids)
     text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -100,9 +99,7 @@ def _continues_character(alone: str, previous: str, current: str) -> bool:
     alone, and adds fewer characters to the text than it has alone.
     """
     return (
-        previous.endswith(_REPLACEMENT)
-        and alone.startswith(_REPLACEMENT)
-        and len(alone) > len(current) - len(previous)
+        previous.endswith(_REPLACEMENT) and alone.startswith(_REPLACEMENT) and len(alone) > len(current) - len(previous)
     )
 
 
@@ -133,9 +130,7 @@ def spread_spans(
         length = _length(offsets[row])
         for span in row_spans:
             if not 0 <= span.start <= span.end <= length:
-                raise ValueError(
-                    f"{span} does not lie within its completion of {length} characters (row {row})"
-                )
+                raise ValueError(f"{span} does not lie within its completion of {length} characters (row {row})")
         if row_spans:
             rewards[row] = _row_rewards(row_spans, ranges[row], action_mask[row], placement)
     return rewards
@@ -187,18 +182,14 @@ def step_ids(
         length = _length(offsets[row])
         ends = [end for _, end in steps]
         if [start for start, _ in steps] != [0, *ends][: len(steps)] or [0, *ends][-1] != length:
-            raise ValueError(
-                f"segments {list(steps)} do not cover the {length} characters of row {row} in order"
-            )
+            raise ValueError(f"segments {list(steps)} do not cover the {length} characters of row {row} in order")
         last_characters = (ranges[row][:, 1] - 1).clamp(min=0).contiguous()
         boundaries = torch.tensor(ends, dtype=torch.int64, device=ids.device)
         ids[row] = torch.bucketize(last_characters, boundaries, right=True)
     return torch.where(action_mask, ids, -1)
 
 
-def _as_tensor(
-    offsets: Sequence[Sequence[CharRange]], action_mask: Bool[Tensor, "B T"]
-) -> Int64[Tensor, "B T 2"]:
+def _as_tensor(offsets: Sequence[Sequence[CharRange]], action_mask: Bool[Tensor, "B T"]) -> Int64[Tensor, "B T 2"]:
     """`offsets` padded with empty ranges behind the text to the shape of `action_mask`."""
     rows, width = action_mask.shape
     longest = max(map(len, offsets), default=0)

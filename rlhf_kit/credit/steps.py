@@ -31,9 +31,7 @@ def steps_present(step_ids: Int[Tensor, "B T"], num_steps: int) -> Bool[Tensor, 
     return sum_by_step(torch.ones_like(step_ids, dtype=torch.float32), step_ids, num_steps) > 0
 
 
-def spread_to_tokens(
-    step_values: Float[Tensor, "B K"], step_ids: Int[Tensor, "B T"]
-) -> Float32[Tensor, "B T"]:
+def spread_to_tokens(step_values: Float[Tensor, "B K"], step_ids: Int[Tensor, "B T"]) -> Float32[Tensor, "B T"]:
     """Each step's value on every one of its tokens; 0 outside every step.
 
     Raises:
@@ -44,9 +42,7 @@ def spread_to_tokens(
     return torch.cat([outside, step_values], dim=1).float().gather(1, step_ids.long() + 1)
 
 
-def min_form_returns(
-    step_rewards: Float[Tensor, "B K"], step_mask: Bool[Tensor, "B K"]
-) -> Float32[Tensor, "B K"]:
+def min_form_returns(step_rewards: Float[Tensor, "B K"], step_mask: Bool[Tensor, "B K"]) -> Float32[Tensor, "B K"]:
     """Return of a step: the least reward among it and the steps after it, `G_k = min_{j >= k} r_j`.
 
     Min-form credit (PURE, arXiv 2504.15275): no step gains by what is good elsewhere, and the return cannot

@@ -29,9 +29,7 @@ class DataBase(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
-            raise ValueError(
-                f"prompt_template {self.prompt_template!r} does not say where the {{prompt}} goes"
-            )
+            raise ValueError(f"prompt_template {self.prompt_template!r} does not say where the {{prompt}} goes")
         if self.system is not None and not self.chat:
             raise ValueError("system is the first message of a conversation: it needs chat: true")
         return self
@@ -76,7 +74,7 @@ class Gsm8kSolutions(DataBase):
 
 
 class RunningSums(DataBase):
-    """Generated multi-step arithmetic: `terms` numbers are added one by one modulo `modulus`.
+    """Generated multi-step arithmetic: `terms` numbers from 1 to `largest` are added one by one modulo `modulus`.
 
     The completion writes the running value after each addition; the last is the answer.
     """
@@ -85,6 +83,7 @@ class RunningSums(DataBase):
     size: PositiveInt
     terms: PositiveInt = 16
     modulus: Annotated[int, Field(ge=2)] = 23
+    largest: PositiveInt | None = None
     seed: int = 0
 
 

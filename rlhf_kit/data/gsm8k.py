@@ -29,9 +29,7 @@ def gsm8k_rows(problem: Mapping[str, Any], paired: bool, calculator_annotations:
     """
     missing = [name for name in ("question", "ground_truth", *GENERATORS) if not problem.get(name)]
     if missing:
-        raise ValueError(
-            f"it lacks {', '.join(missing)}, which every problem of example_model_solutions.jsonl has"
-        )
+        raise ValueError(f"it lacks {', '.join(missing)}, which every problem of example_model_solutions.jsonl has")
 
     def text(solution: str) -> str:
         return solution if calculator_annotations else ANNOTATION.sub("", solution)

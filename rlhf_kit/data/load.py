@@ -109,7 +109,8 @@ def _read_hub(config: Hub) -> Dataset:
 
 
 def _read_running_sums(config: RunningSums) -> Dataset:
-    return _dataset(running_sums(config.size, config.terms, config.modulus, config.seed), "running_sums")
+    rows = running_sums(config.size, config.terms, config.modulus, config.seed, config.largest)
+    return _dataset(rows, "running_sums")
 
 
 def _read_reasoning_gym(config: ReasoningGym) -> Dataset:
@@ -184,9 +185,7 @@ def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Datase
     names = dataset.column_names
     for new, old in columns.items():
         if old not in names:
-            raise ValueError(
-                f"{source}: columns maps {new!r} to {old!r}, and there is only {', '.join(names)}"
-            )
+            raise ValueError(f"{source}: columns maps {new!r} to {old!r}, and there is only {', '.join(names)}")
         if new in names and new not in columns.values():
             raise ValueError(
                 f"{source}: columns maps {new!r} to {old!r}, and there is a column {new!r} already: "
@@ -259,9 +258,7 @@ def _format(dataset: Dataset, numbers: Sequence[int], config: DataConfig) -> Dat
         changed["prompt"] = []
         for number, prompt in zip(numbers, dataset["prompt"], strict=True):
             if not isinstance(prompt, str):
-                raise ValueError(
-                    f"{_source(config)}, row {number + 1}: prompt_template wraps text, not messages"
-                )
+                raise ValueError(f"{_source(config)}, row {number + 1}: prompt_template wraps text, not messages")
             changed["prompt"].append(template.replace("{prompt}", prompt))
     if config.chat:
         prompts = changed.get("prompt", dataset["prompt"])

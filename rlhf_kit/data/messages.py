@@ -41,9 +41,7 @@ def completion_text(completion: Text) -> str:
 def prompt_messages(prompt: Text, system: str | None) -> list[Message]:
     """`prompt` as messages, opened by `system` unless the conversation already has a system message."""
     messages: list[Message] = (
-        [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str)
-        else list(cast("Sequence[Message]", prompt))
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(cast("Sequence[Message]", prompt))
     )
     if system is not None and messages[0].get("role") != "system":
         messages.insert(0, {"role": "system", "content": system})

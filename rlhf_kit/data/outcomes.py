@@ -17,10 +17,7 @@ OutcomeRows = Mapping[str, Tensor]
 
 def encode_outcomes(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows of `prompt_ids`, `completion_ids` (closed by the end-of-sequence token) and a float `label`."""
-    rows = [
-        {**encode_row(tokenizer, row["prompt"], row["completion"]), "label": float(row["label"])}
-        for row in data
-    ]
+    rows = [{**encode_row(tokenizer, row["prompt"], row["completion"]), "label": float(row["label"])} for row in data]
     return Dataset.from_list(rows)
 
 
@@ -42,9 +39,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Tex
     ]
     full = _template(tokenizer, messages, add_generation_prompt=False)
     if full[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            "the chat template renders a prompt differently once an answer follows; use another template"
-        )
+        raise ValueError("the chat template renders a prompt differently once an answer follows; use another template")
     return {"prompt_ids": prompt_ids, "completion_ids": full[len(prompt_ids) :]}
 
 
@@ -56,9 +51,7 @@ def collate_outcomes(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> di
         "prompt_ids": _pad(prompts, pad_token_id, "left"),
         "prompt_mask": _pad([torch.ones_like(ids, dtype=torch.bool) for ids in prompts], False, "left"),
         "completion_ids": _pad(completions, pad_token_id, "right"),
-        "completion_mask": _pad(
-            [torch.ones_like(ids, dtype=torch.bool) for ids in completions], False, "right"
-        ),
+        "completion_mask": _pad([torch.ones_like(ids, dtype=torch.bool) for ids in completions], False, "right"),
     }
     for name in ("label", "offset"):
         if name in rows[0]:
@@ -70,9 +63,7 @@ def _pad(rows: list[Tensor], value: int | bool, side: str) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
-def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], add_generation_prompt: bool
-) -> list[int]:
+def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], add_generation_prompt: bool) -> list[int]:
     rendered = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
     )

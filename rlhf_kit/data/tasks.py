@@ -14,27 +14,32 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def running_sums(size: int, terms: int, modulus: int, seed: int) -> list[Row]:
+def running_sums(size: int, terms: int, modulus: int, seed: int, largest: int | None = None) -> list[Row]:
     """`size` different problems in which `terms` numbers are added, one by one, to a first number.
 
-    With numbers n_0 ... n_terms, drawn uniformly from [0, modulus), step k of the completion is
-    `(n_0 + ... + n_k) mod modulus`; the last step is the answer. A row has `prompt` ("7 15 3 ="),
-    `completion` ("22 2" for modulus 23), `answer` ("2") and `steps` (["22", "2"]). The same seed always gives
-    the same rows, and fewer rows are the first of more. Two seeds draw independently from
-    `modulus ** (terms + 1)` problems, so they share none in practice once that is large.
+    The first number n_0 is drawn uniformly from [0, modulus), the others from [1, largest] (`modulus - 1` without
+    `largest`). Step k of the completion is `(n_0 + ... + n_k) mod modulus`; the last step is the answer. A row has
+    `prompt` ("7 15 3 ="), `completion` ("22 2" for modulus 23), `answer` ("2") and `steps` (["22", "2"]). The same
+    seed always gives the same rows, and fewer rows are the first of more. Two seeds draw independently, so they
+    share no problem in practice once there are many.
 
     Raises:
-        ValueError: there are fewer than `size` different problems.
+        ValueError: there are fewer than `size` different problems, or `largest` is not below the modulus.
     """
-    if modulus ** (terms + 1) < size:
+    largest = modulus - 1 if largest is None else largest
+    if not 1 <= largest < modulus:
+        raise ValueError(f"running_sums adds numbers from 1 to `largest` {largest}: give one from 1 to {modulus - 1}")
+    problems_in_all = modulus * largest**terms
+    if problems_in_all < size:
         raise ValueError(
-            f"running_sums with modulus {modulus} and {terms} terms has {modulus ** (terms + 1)} different "
+            f"running_sums with modulus {modulus}, {terms} terms and largest {largest} has {problems_in_all} different "
             f"problems, and size is {size}: raise `terms` or `modulus`, or lower `size`"
         )
     generator = random.Random(f"running_sums {seed}")
     problems: dict[tuple[int, ...], None] = {}
     while len(problems) < size:
-        problems[tuple(generator.randrange(modulus) for _ in range(terms + 1))] = None
+        addends = (generator.randint(1, largest) for _ in range(terms))
+        problems[(generator.randrange(modulus), *addends)] = None
     return [_running_sum(numbers, modulus) for numbers in problems]
 
 
@@ -85,9 +90,7 @@ def reasoning_gym_score(answer: str, row: Mapping[str, Any]) -> float:
     scorer = _scorer(row["reasoning_gym_task"], row["reasoning_gym_params"])
     try:
         score = float(scorer.score_answer(answer, entry))
-    except (
-        Exception
-    ):  # The entry is the library's own, so what its scorer cannot read is the answer: a wrong one.
+    except Exception:  # The entry is the library's own, so what its scorer cannot read is the answer: a wrong one.
         return 0.0
     return min(max(score, 0.0), 1.0)
 

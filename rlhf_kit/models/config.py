@@ -49,11 +49,8 @@ class Scratch(Config):
     dtype: Literal["float32"] = "float32"
 
 
-
 def _pretrained_by_default(value: Any) -> Any:
     return {"type": "pretrained", **value} if isinstance(value, dict) and "type" not in value else value
 
 
-ModelConfig = Annotated[
-    Pretrained | Scratch, Field(discriminator="type"), BeforeValidator(_pretrained_by_default)
-]
+ModelConfig = Annotated[Pretrained | Scratch, Field(discriminator="type"), BeforeValidator(_pretrained_by_default)]

@@ -81,8 +81,6 @@ def add_critic(model: PreTrainedModel, critic: ValueHead | CriticModel) -> None:
     model.forward = forward
 
 
-def values_of_completion(
-    state_values: Float[Tensor, "B L"], length: int
-) -> Float[Tensor, "B T"]:
+def values_of_completion(state_values: Float[Tensor, "B L"], length: int) -> Float[Tensor, "B T"]:
     """`V_t` of the last `length` tokens: the value of the position that predicts token t (index P + t - 1)."""
     return state_values[:, -length - 1 : -1]

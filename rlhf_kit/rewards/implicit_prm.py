@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import PositiveFloat
 
 from rlhf_kit.config import Config
-from rlhf_kit.models.config import Lora, Pretrained
+from rlhf_kit.models.config import Pretrained
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
 

@@ -145,9 +145,7 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
 
 def source_names(metrics: Iterable[str]) -> list[str]:
     """Names of the reward sources, in the order in which their metrics appear."""
-    names = [
-        match[1] for metric in metrics if (match := re.fullmatch(r"(?:rewards|prm)/([^/]+)/\w+", metric))
-    ]
+    names = [match[1] for metric in metrics if (match := re.fullmatch(r"(?:rewards|prm)/([^/]+)/\w+", metric))]
     return list(dict.fromkeys(names))
 
 
@@ -274,9 +272,7 @@ def drawing(panel: Panel, steps: tuple[int, int]) -> dict[str, Any]:
         "steps": (first, last),
         "values": (low, high),
         "y_ticks": [(100 * y(tick) / HEIGHT, format_number(tick)) for tick in y_ticks],
-        "x_ticks": [
-            (100 * x(tick) / WIDTH, format_number(tick)) for tick in ticks(first, last) if tick == int(tick)
-        ],
+        "x_ticks": [(100 * x(tick) / WIDTH, format_number(tick)) for tick in ticks(first, last) if tick == int(tick)],
         "baseline": None if panel.baseline is None else y(panel.baseline),
     }
 
@@ -296,11 +292,7 @@ def _dots(points: Sequence[Point], x: Any, y: Any) -> str:
 
 
 def _band(points: Sequence[Point], spread: Mapping[int, float] | None, x: Any, y: Any) -> str | None:
-    ranges = [
-        (step, value, spread[step])
-        for step, value in points
-        if spread and value is not None and step in spread
-    ]
+    ranges = [(step, value, spread[step]) for step, value in points if spread and value is not None and step in spread]
     if len(ranges) < 2:
         return None
     upper = [f"{x(step):.1f} {y(value + width):.1f}" for step, value, width in ranges]

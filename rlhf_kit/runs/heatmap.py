@@ -75,26 +75,20 @@ def _legend(scale: float) -> str:
 def _card(sample: Mapping[str, Any], scale: float) -> str:
     tokens = sample.get("tokens") or []
     marks = _step_marks(sample)
-    shown = "".join(
-        _token(sample, index, scale, marks.get(index)) for index in range(min(len(tokens), MAX_TOKENS))
-    )
+    shown = "".join(_token(sample, index, scale, marks.get(index)) for index in range(min(len(tokens), MAX_TOKENS)))
     if len(tokens) > MAX_TOKENS:
         shown += f"<i> … {len(tokens) - MAX_TOKENS} more tokens</i>"
     if not tokens:
         shown = "<i>empty completion</i>"
     kind = "hm-text hm-steps" if marks else "hm-text"
-    return (
-        f'<article class="hm">{_head(sample)}{_prompt(sample)}<div class="{kind}">{shown}</div></article>\n'
-    )
+    return f'<article class="hm">{_head(sample)}{_prompt(sample)}<div class="{kind}">{shown}</div></article>\n'
 
 
 def _head(sample: Mapping[str, Any]) -> str:
     parts = []
     outcome = sample.get("outcome")
     if outcome is not None and float(outcome) in (0.0, 1.0):
-        parts.append(
-            '<span class="hm-right">right</span>' if outcome else '<span class="hm-wrong">wrong</span>'
-        )
+        parts.append('<span class="hm-right">right</span>' if outcome else '<span class="hm-wrong">wrong</span>')
     elif outcome is not None:
         parts.append(f"<span>outcome <b>{format_number(outcome)}</b></span>")
     for source, rewards in (sample.get("rewards") or {}).items():
@@ -130,9 +124,7 @@ def _tip(sample: Mapping[str, Any], index: int) -> str:
     rows = [("advantage", _at(sample.get("advantages"), index))]
     rows += [(f"reward {source}", _at(rewards, index)) for source, rewards in sources.items()]
     rows += [
-        (name, _at(sample.get(key), index))
-        for name, key in (("value", "values"), ("KL", "kl"))
-        if sample.get(key)
+        (name, _at(sample.get(key), index)) for name, key in (("value", "values"), ("KL", "kl")) if sample.get(key)
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"token {index + 1} of {len(sample['tokens'])}"]
@@ -174,9 +166,7 @@ def _at(values: Sequence[Any] | None, index: int) -> Any:
 def _clean(text: object) -> str:
     """Escaped text without control characters, which browsers and terminals may act upon."""
     visible = "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
-        else char
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t" else char
         for char in str(text)
     )
     return escape(visible, quote=True)

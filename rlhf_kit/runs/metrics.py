@@ -141,6 +141,4 @@ def _jsonable(value: Any) -> Any:
         return value
     if hasattr(value, "tolist"):  # tensors and arrays, without importing their library
         return _jsonable(value.tolist())
-    raise TypeError(
-        f"a metric or sample holds {value!r} of type {type(value).__name__}; give a number, text or list"
-    )
+    raise TypeError(f"a metric or sample holds {value!r} of type {type(value).__name__}; give a number, text or list")

@@ -129,16 +129,12 @@ def read_run(run_folder: Path) -> Run:
             "give the folder that `train` made"
         )
     order = list(types)
-    stages.sort(
-        key=lambda stage: (order.index(stage.name) if stage.name in order else len(order), _began(stage))
-    )
+    stages.sort(key=lambda stage: (order.index(stage.name) if stage.name in order else len(order), _began(stage)))
     return Run(folder.resolve().name, _read_json(folder / MANIFEST_FILE) or {}, recipe_text, stages)
 
 
 def _is_stage(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        (folder / name).exists() for name in (METRICS_FILE, SAMPLES_FOLDER, RESULT_FILE)
-    )
+    return folder.is_dir() and any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FOLDER, RESULT_FILE))
 
 
 def _read_stage(folder: Path, name: str, types: Mapping[str, Any]) -> Stage:
@@ -146,10 +142,7 @@ def _read_stage(folder: Path, name: str, types: Mapping[str, Any]) -> Stage:
     separator = (recipe.get("step_truth") or {}).get("separator")
     samples = read_samples(folder)
     if separator:
-        samples = {
-            step: [{"step_separator": separator, **sample} for sample in rows]
-            for step, rows in samples.items()
-        }
+        samples = {step: [{"step_separator": separator, **sample} for sample in rows] for step, rows in samples.items()}
     return Stage(name, recipe.get("type"), read_metrics(folder), samples, _read_json(folder / RESULT_FILE))
 
 
@@ -168,9 +161,7 @@ def _stage_types(path: Path, text: str) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RunError(
-            f"{path} is damaged ({' '.join(str(error).split())}); delete it to go on without it"
-        ) from error
+        raise RunError(f"{path} is damaged ({' '.join(str(error).split())}); delete it to go on without it") from error
     if not isinstance(recipe, dict):
         return {}
     stages = recipe.get("stages", recipe.get("pipeline"))

@@ -91,9 +91,7 @@ def headline(stages: Sequence[HasRows]) -> list[tuple[str, str, str]]:
     """Up to four large numbers of the last stage with a reward or an accuracy: label, value, and a remark."""
     shown: list[tuple[str, str, str]] = []
     all_points = [collect(stage.rows) for stage in stages]
-    points = next(
-        (p for p in reversed(all_points) if {"eval_accuracy", "accuracy", "reward"} & p.keys()), None
-    )
+    points = next((p for p in reversed(all_points) if {"eval_accuracy", "accuracy", "reward"} & p.keys()), None)
     if points is None:
         return shown
     for metric, label in (("eval_accuracy", "held-out accuracy"), ("accuracy", "training accuracy")):

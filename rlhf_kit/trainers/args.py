@@ -64,9 +64,7 @@ def config_class(stage_type: str, objective: str = "ce") -> str:
     return {"sft": "trl.SFTConfig", "ppo": "trl.GRPOConfig"}[stage_type]
 
 
-def check_args(
-    stage_type: str, objective: str, args: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[Problem]]:
+def check_args(stage_type: str, objective: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """The arguments with numbers of the declared type (`"1e-5"` is a float), and all that is wrong with them.
 
     Paths of the problems are relative to `trainer.args`.
@@ -85,9 +83,7 @@ def check_args(
             problems.append(Problem(name, f"unknown argument of {class_name}", value, remedy))
         else:
             accepted, checked[name] = _accept(ast.parse(known[name].annotation, mode="eval").body, value)
-            problem = (
-                _value_problem(known[name], checked[name]) if accepted else _type_problem(known[name], value)
-            )
+            problem = _value_problem(known[name], checked[name]) if accepted else _type_problem(known[name], value)
             problems += [problem] if problem else []
     return checked, problems + _conflicts(stage_type, checked)
 
@@ -156,9 +152,7 @@ def _value_problem(argument: Argument, value: Any) -> Problem | None:
     if name in _NOT_NEGATIVE and not value >= 0:
         return Problem(name, "must not be negative", value, f"its default is {argument.default}")
     if name == "max_steps" and value == 0:
-        return Problem(
-            name, "does not mean 'no steps'", value, "transformers would train num_train_epochs; say so"
-        )
+        return Problem(name, "does not mean 'no steps'", value, "transformers would train num_train_epochs; say so")
     return None
 
 
@@ -187,15 +181,11 @@ def _conflicts(stage_type: str, args: Mapping[str, Any]) -> list[Problem]:
         remedy = "write token: advantages differ from token to token"
         problems.append(Problem("importance_sampling_level", "must be token", level, remedy))
     if args.get("num_generations", 8) is None:
-        problems.append(
-            Problem("num_generations", "must be a number", None, "write the completions per prompt")
-        )
+        problems.append(Problem("num_generations", "must be a number", None, "write the completions per prompt"))
     if args.get("steps_per_generation") is not None and args.get("generation_batch_size") is not None:
         remedy = "keep one of the two"
         value = args["generation_batch_size"]
-        problems.append(
-            Problem("generation_batch_size", "cannot stand beside steps_per_generation", value, remedy)
-        )
+        problems.append(Problem("generation_batch_size", "cannot stand beside steps_per_generation", value, remedy))
     return problems
 
 
@@ -257,9 +247,7 @@ def batch_of(stage: Sft | Reward | Ppo, world_size: int) -> Batch:
         steps = argument(stage, "steps_per_generation")
         rollout = world_size * per_device * (accumulation if steps is None else steps)
     num_generations = argument(stage, "num_generations")
-    return Batch(
-        world_size, per_device, accumulation, num_generations, rollout, argument(stage, "num_iterations")
-    )
+    return Batch(world_size, per_device, accumulation, num_generations, rollout, argument(stage, "num_iterations"))
 
 
 def check_batch(stage: Ppo, world_size: int) -> list[Problem]:
@@ -269,9 +257,7 @@ def check_batch(stage: Ppo, world_size: int) -> list[Problem]:
     problems = []
     if batch.rollout % forward:
         remedy = f"{world_size} processes x {batch.per_device} rows: write a multiple of {forward}"
-        problems.append(
-            Problem("generation_batch_size", f"is no multiple of {forward}", batch.rollout, remedy)
-        )
+        problems.append(Problem("generation_batch_size", f"is no multiple of {forward}", batch.rollout, remedy))
     elif batch.rollout % group:
         steps = batch.rollout // forward
         what = f"does not divide the {batch.rollout} completions of a rollout"

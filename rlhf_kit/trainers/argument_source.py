@@ -121,10 +121,7 @@ def enum_values(name: str) -> tuple[str, ...]:
 def trackers() -> tuple[str, ...]:
     """What `report_to` may name."""
     for statement in _module("transformers.integrations.integration_utils").body:
-        if (
-            isinstance(statement, ast.Assign)
-            and ast.unparse(statement.targets[0]) == "INTEGRATION_TO_CALLBACK"
-        ):
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "INTEGRATION_TO_CALLBACK":
             assert isinstance(statement.value, ast.Dict)
             return tuple(str(_literal(key)) for key in statement.value.keys)
     return ()

@@ -116,9 +116,7 @@ def _reinforce(config: Credit, source: WeightedRewards, episode: Episode) -> Flo
 def _prime(config: Credit, source: WeightedRewards, episode: Episode) -> Float[Tensor, "B T"]:
     if source.kind == "outcome":
         return _rloo(config, source, episode)
-    return prime_process_advantages(
-        source.tokens, episode.mask, episode.group_size, episode.valid, config.horizon
-    )
+    return prime_process_advantages(source.tokens, episode.mask, episode.group_size, episode.valid, config.horizon)
 
 
 def _min_form(config: Credit, source: WeightedRewards, episode: Episode) -> Float[Tensor, "B T"]:

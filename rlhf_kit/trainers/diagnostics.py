@@ -94,9 +94,7 @@ class RolloutLog:
             for completion, gold in zip(rollout.completions, rollout.columns[truth.column], strict=True)
         ]
 
-    def _process_metrics(
-        self, rollout: Rollout, scores: Scores, truth: StepLabels | None
-    ) -> dict[str, float]:
+    def _process_metrics(self, rollout: Rollout, scores: Scores, truth: StepLabels | None) -> dict[str, float]:
         """How well process rewards tell right from wrong: by completion, and by step where the truth is known."""
         metrics = {}
         for source in self._config.rewards:

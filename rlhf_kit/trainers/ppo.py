@@ -84,9 +84,7 @@ class PpoTrainer(CreditTrainer):
         )
         self.ranks = Ranks(self.accelerator)
         policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        context = BuildContext(
-            self.model, config.model, self.temperature, self.accelerator.device, functions or {}
-        )
+        context = BuildContext(self.model, config.model, self.temperature, self.accelerator.device, functions or {})
         sources = [source.build(context) for source in config.rewards]
         if config.stop_strings and not self.use_vllm:
             # transformers finds stop strings by decoding, and TRL does not hand it the tokenizer.
@@ -139,9 +137,7 @@ class PpoTrainer(CreditTrainer):
 
     # -- credit -----------------------------------------------------------------------------------------------------
 
-    def assign_credit(
-        self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]
-    ) -> Batch:
+    def assign_credit(self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]) -> Batch:
         """Score the rollout by every source and put the advantages of its tokens into the batch."""
         rollout = self._rollout(batch, rows, prompts, completions)
         rollout = replace(rollout, offsets=rollout_offsets(self.processing_class, rollout))
@@ -226,9 +222,7 @@ class PpoTrainer(CreditTrainer):
             rewards.append(WeightedRewards("truncation", "outcome", self.ranks.all_rows(tokens)))
         return rewards
 
-    def _episode(
-        self, rollout: Rollout, scores: Scores, truncated: Tensor, state_values: Tensor | None
-    ) -> Episode:
+    def _episode(self, rollout: Rollout, scores: Scores, truncated: Tensor, state_values: Tensor | None) -> Episode:
         mask, valid = self.ranks.all_rows(rollout.action_mask), self.ranks.all_rows(scores.valid)
         if self.config.credit.estimator in GROUP_ESTIMATORS:
             crowd = valid.view(-1, rollout.group_size).sum(dim=1).repeat_interleave(rollout.group_size)

@@ -62,9 +62,7 @@ def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
         if per_device % 2:
             given["num_generations"] = per_device * given.get("gradient_accumulation_steps", 1)
     if stage.stop_strings:
-        given["generation_kwargs"] = {
-            "stop_strings": list(stage.stop_strings), **given.get("generation_kwargs", {})
-        }
+        given["generation_kwargs"] = {"stop_strings": list(stage.stop_strings), **given.get("generation_kwargs", {})}
     args = build_args(GRPOConfig, run, given, beta=0.0, loss_type="dapo", remove_unused_columns=False)
     if generations == 1:
         args.num_generations = 1

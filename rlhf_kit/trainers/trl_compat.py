@@ -67,9 +67,7 @@ class CreditTrainer(GRPOTrainer):
         """What TRL's generation gives for `rows`: a tuple of lists, each with one entry a row, or None."""
         return super()._generate([row["prompt"] for row in rows])
 
-    def assign_credit(
-        self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]
-    ) -> Batch:
+    def assign_credit(self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]) -> Batch:
         """`batch` with `advantages` of shape (B, T)."""
         raise NotImplementedError
 

@@ -195,9 +195,7 @@ def test_group_centred_is_too_small_by_a_known_factor(toy, size):
 
 def prime(toy, size, horizon):
     def estimator(rows):
-        return prime_advantages(
-            toy.rewards[rows], toy.outcome[rows], toy.mask[rows], size, None, horizon=horizon
-        )
+        return prime_advantages(toy.rewards[rows], toy.outcome[rows], toy.mask[rows], size, None, horizon=horizon)
 
     return toy.expected_over_groups(estimator, size)
 
@@ -216,17 +214,13 @@ def test_prime_charges_the_mean_token_reward_for_each_token(ragged, size):
     mean_reward = (toy.probability * toy.returns / toy.lengths).sum().detach()
     objective = toy.returns + toy.outcome - mean_reward * toy.lengths
     same(prime(toy, size, "return_to_go"), toy.gradient((toy.probability * objective).sum()))
-    differ(
-        prime(toy, size, "return_to_go"), toy.gradient((toy.probability * (toy.returns + toy.outcome)).sum())
-    )
+    differ(prime(toy, size, "return_to_go"), toy.gradient((toy.probability * (toy.returns + toy.outcome)).sum()))
 
 
 def visits(toy):
     """How often each prefix is visited, as a constant."""
     share = torch.where(toy.mask, toy.probability.detach()[:, None], 0.0)
-    return torch.zeros(len(toy.index), dtype=torch.float64).index_add(
-        0, toy.prefix.flatten(), share.flatten()
-    )
+    return torch.zeros(len(toy.index), dtype=torch.float64).index_add(0, toy.prefix.flatten(), share.flatten())
 
 
 def test_prime_immediate_holds_the_visited_states_fixed(toy):

@@ -10,9 +10,7 @@ from rlhf_kit.credit import min_form_returns, spread_to_tokens, steps_present, s
 def test_rewards_are_summed_by_step_and_spread_again(batches, close, data, num_steps):
     mask, rewards = data.draw(batches())
     rows, columns = mask.shape
-    drawn = data.draw(
-        st.lists(st.integers(0, num_steps - 1), min_size=rows * columns, max_size=rows * columns)
-    )
+    drawn = data.draw(st.lists(st.integers(0, num_steps - 1), min_size=rows * columns, max_size=rows * columns))
     step_ids = torch.where(mask, torch.tensor(drawn).view(rows, columns), -1)
     sums, present = torch.zeros(rows, num_steps), torch.zeros(rows, num_steps, dtype=torch.bool)
     spread = torch.zeros(rows, columns)

@@ -20,9 +20,7 @@ def write(tmp_path):
 
     def write(content, name="rows.jsonl"):
         path = tmp_path / name
-        path.write_text(
-            content if isinstance(content, str) else "\n".join(json.dumps(row) for row in content), "utf-8"
-        )
+        path.write_text(content if isinstance(content, str) else "\n".join(json.dumps(row) for row in content), "utf-8")
         return str(path)
 
     return write
@@ -47,9 +45,7 @@ def test_the_same_rows_from_every_kind_of_file(write, tmp_path):
 def test_a_hub_data_set_gets_the_same_treatment(write, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write([{"question": row["prompt"]} for row in ROWS], "folder.jsonl")
-    data = load_data(
-        config({"type": "hub", "path": str(tmp_path), "columns": {"prompt": "question"}, "skip": 8})
-    )
+    data = load_data(config({"type": "hub", "path": str(tmp_path), "columns": {"prompt": "question"}, "skip": 8}))
     assert data.to_list() == [{"prompt": "p8"}, {"prompt": "p9"}]
 
 
@@ -114,9 +110,7 @@ def test_chat_leaves_conversations_as_they_are(write):
     assert load(write(rows), chat=True).to_list() == rows
 
 
-@pytest.mark.parametrize(
-    ("given", "label"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)]
-)
+@pytest.mark.parametrize(("given", "label"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)])
 def test_labels_become_booleans(write, given, label):
     data = load(write([{"prompt": "p", "completion": "c", "label": given}]))
     assert data["label"][0] is label

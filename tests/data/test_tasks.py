@@ -37,18 +37,14 @@ def test_a_seed_and_its_negative_differ():
 
 
 def test_running_sums_are_distinct_to_the_last_problem():
-    rows = running_sums(9, terms=1, modulus=3, seed=0)
-    assert {row["prompt"] for row in rows} == {f"{a} {b} =" for a in range(3) for b in range(3)}
-    with pytest.raises(ValueError, match="has 9 different problems, and size is 10"):
-        running_sums(10, terms=1, modulus=3, seed=0)
+    rows = running_sums(6, terms=1, modulus=3, seed=0)
+    assert {row["prompt"] for row in rows} == {f"{a} {b} =" for a in range(3) for b in (1, 2)}
+    with pytest.raises(ValueError, match="has 6 different problems, and size is 7"):
+        running_sums(7, terms=1, modulus=3, seed=0)
 
 
 def test_the_vocabulary_has_every_word_and_no_other():
-    words = {
-        word
-        for row in running_sums(200, 4, 7, seed=0)
-        for word in f"{row['prompt']} {row['completion']}".split()
-    }
+    words = {word for row in running_sums(200, 4, 7, seed=0) for word in f"{row['prompt']} {row['completion']}".split()}
     assert sorted(words) == sorted(running_sums_vocabulary(7))
 
 

@@ -204,8 +204,7 @@ def solutions_of(count):
     made = []
     for number in range(count):
         steps = tuple(
-            hashlib.sha256(f"{number} {k}".encode()).hexdigest() * draw.randint(1, 4)
-            for k in range(3 + number % 4)
+            hashlib.sha256(f"{number} {k}".encode()).hexdigest() * draw.randint(1, 4) for k in range(3 + number % 4)
         )
         made.append(Solution(f"problem {number}", steps, draw.randrange(len(steps)) if number % 2 else -1))
     return made
@@ -226,9 +225,7 @@ def test_the_threshold_is_not_set_on_the_problems_evaluated():
     fitted = threshold_split([each.problem for each in solutions], 0.5)
     known = [[float(step != each.label) for step in range(len(each.steps))] for each in solutions]
     # The evaluated problems' scores lie all above the threshold of the others, so no error is found.
-    shifted = [
-        each if fit else [score + 5 for score in each] for each, fit in zip(known, fitted, strict=True)
-    ]
+    shifted = [each if fit else [score + 5 for score in each] for each, fit in zip(known, fitted, strict=True)]
     report = first_error_report(solutions, shifted)
     assert report.result.error_accuracy == 0.0
     assert report.result.correct_accuracy == 1.0

@@ -47,9 +47,7 @@ def test_the_last_line_of_a_step_counts() -> None:
 
 
 def test_a_bad_start_of_the_critic_does_not_flatten_the_rest() -> None:
-    (panel,), _ = build_panels(
-        [{"step": s, "value/explained_variance": v} for s, v in enumerate([-500.0, 0.9])]
-    )
+    (panel,), _ = build_panels([{"step": s, "value/explained_variance": v} for s, v in enumerate([-500.0, 0.9])])
     assert value_range(panel)[0] >= -1.2
 
 

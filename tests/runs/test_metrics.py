@@ -48,9 +48,7 @@ def test_a_line_is_on_disk_before_the_writer_closes(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_becomes_null_in_strict_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
-        writer.write(
-            1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32("nan"), "e": np.float64(0.5)}
-        )
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32("nan"), "e": np.float64(0.5)})
     text = (tmp_path / "metrics.jsonl").read_text()
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [line[key] for key in "abcde"] == [None, None, None, None, 0.5]

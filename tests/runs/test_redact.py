@@ -27,9 +27,7 @@ def test_a_named_secret_is_redacted(text: str) -> None:
     assert REDACTED in shown
 
 
-@pytest.mark.parametrize(
-    "key", ["hf_" + "a1B2" * 8, "sk-proj-" + "a1B2" * 8, "ghp_" + "a1B2" * 9, "AKIA" + "ABCD" * 4]
-)
+@pytest.mark.parametrize("key", ["hf_" + "a1B2" * 8, "sk-proj-" + "a1B2" * 8, "ghp_" + "a1B2" * 9, "AKIA" + "ABCD" * 4])
 def test_a_key_of_known_form_is_redacted_under_any_name(key: str) -> None:
     assert redact(f"note: see {key}, please") == f"note: see {REDACTED}, please"
 

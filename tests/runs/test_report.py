@@ -98,12 +98,9 @@ def running_sums_sample(step: int, steps: int, rng: random.Random) -> dict:
     tokens = [part for piece in pieces for part in ((piece[:2], piece[2:]) if len(piece) > 3 else (piece,))]
     tokens.append("<|im_end|>")
     outcome, count = float(not wrong), len(tokens)
-    first_wrong = next(
-        (i for i, _ in enumerate(tokens) if wrong and i >= count * truth.count(True) // 8), count
-    )
+    first_wrong = next((i for i, _ in enumerate(tokens) if wrong and i >= count * truth.count(True) // 8), count)
     quality = [
-        0.05 + abs(rng.gauss(0, 0.03)) if i < first_wrong else -0.2 - abs(rng.gauss(0, 0.1))
-        for i in range(count)
+        0.05 + abs(rng.gauss(0, 0.03)) if i < first_wrong else -0.2 - abs(rng.gauss(0, 0.1)) for i in range(count)
     ]
     to_go = [sum(quality[i:]) for i in range(count)]
     return {
@@ -162,9 +159,7 @@ def page(run: Path, parse: Parse) -> Any:
 class TestReport:
     def test_curve_data_are_the_points_of_the_metrics_file(self, run: Path, page: Any) -> None:
         written = [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()]
-        series = [
-            tuple(map(tuple, points)) for panel in curve_data(page).values() for points in panel["series"]
-        ]
+        series = [tuple(map(tuple, points)) for panel in curve_data(page).values() for points in panel["series"]]
         for metric in (
             "accuracy",
             "eval_accuracy",
@@ -246,14 +241,10 @@ class TestReport:
         assert "default-src 'none'" in policy
         assert len(page.scripts) == 2  # the data, and the script
 
-    def test_hostile_text_stays_text(
-        self, tmp_path: Path, parse: Parse, hostile: str, hostile_sample: dict
-    ) -> None:
+    def test_hostile_text_stays_text(self, tmp_path: Path, parse: Parse, hostile: str, hostile_sample: dict) -> None:
         folder = tmp_path / "run"
         (folder / "ppo").mkdir(parents=True)
-        (folder / "recipe.resolved.yaml").write_text(
-            f"stages:\n  ppo: {{type: ppo, note: {json.dumps(hostile)}}}\n"
-        )
+        (folder / "recipe.resolved.yaml").write_text(f"stages:\n  ppo: {{type: ppo, note: {json.dumps(hostile)}}}\n")
         (folder / "manifest.json").write_text(json.dumps({"versions": {hostile: hostile}, hostile: hostile}))
         (folder / "ppo" / "result.json").write_text(json.dumps({hostile: hostile}))
         with MetricsWriter(folder / "ppo") as writer:
@@ -313,9 +304,7 @@ class TestReport:
         with pytest.raises(RunError, match=r"manifest\.json is damaged"):
             render_report(tmp_path)
 
-    def test_many_sampled_steps_are_thinned_between_first_and_last(
-        self, tmp_path: Path, parse: Parse
-    ) -> None:
+    def test_many_sampled_steps_are_thinned_between_first_and_last(self, tmp_path: Path, parse: Parse) -> None:
         for step in range(0, 1000, 10):
             write_samples(tmp_path, step, [{"tokens": ["x"], "advantages": [1.0]}])
         page = parse(render_report(tmp_path))

@@ -180,9 +180,7 @@ def test_valid_arguments_pass_and_numbers_take_the_declared_type(given: dict, re
         ),
     ],
 )
-def test_invalid_arguments_are_named_with_value_and_remedy(
-    stage: str, args: dict, fragments: list[str]
-) -> None:
+def test_invalid_arguments_are_named_with_value_and_remedy(stage: str, args: dict, fragments: list[str]) -> None:
     (message,) = messages(stage, args)
     for fragment in fragments:
         assert fragment in message
@@ -209,9 +207,7 @@ def test_the_loss_of_a_reward_stage_is_its_objective(objective: str) -> None:
 
 
 def test_a_rollout_is_counted_as_trl_counts_it() -> None:
-    stage = ppo(
-        per_device_train_batch_size=2, gradient_accumulation_steps=3, steps_per_generation=6, num_iterations=2
-    )
+    stage = ppo(per_device_train_batch_size=2, gradient_accumulation_steps=3, steps_per_generation=6, num_iterations=2)
     batch = batch_of(stage, world_size=4)
     assert batch.rows_per_update == 4 * 2 * 3
     assert batch.rollout == 4 * 2 * 6
