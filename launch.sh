@@ -204,7 +204,7 @@ main() {
         [ -n "$config" ] || fail "--config needs a name; choose from: $(configs)"
         shift 2
         ;;
-      --num_processes)
+      --num_processes | --num-processes)
         processes=${2:-}
         [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes needs a positive number, not '$processes'"
         shift 2

@@ -302,7 +302,7 @@ class TestThroughAccelerate:
         assert [run["OMP_NUM_THREADS"] for run in runs] == ["6", "6"]  # the processes share the cores
 
     def test_processes_and_threads_can_be_chosen(self, checkout: Checkout):
-        result = checkout.launch("--config", "zero2", "--num_processes", "3", "check", OMP_NUM_THREADS="2")
+        result = checkout.launch("--config", "zero2", "--num-processes", "3", "check", OMP_NUM_THREADS="2")
         assert [run["OMP_NUM_THREADS"] for run in seen(result)] == ["2", "2", "2"]
 
     def test_a_file_of_ones_own_says_how_many_processes(self, checkout: Checkout):

@@ -76,7 +76,8 @@ class Gsm8kSolutions(DataBase):
 class RunningSums(DataBase):
     """Generated multi-step arithmetic: `terms` numbers from 1 to `largest` are added one by one modulo `modulus`.
 
-    The completion writes the running value after each addition; the last is the answer.
+    The completion writes the running value after each addition; the last is the answer. The running value is
+    multiplied by `multiplier` first: 10, with `largest: 9`, makes it long division, digit by digit.
     """
 
     type: Literal["running_sums"]
@@ -84,6 +85,7 @@ class RunningSums(DataBase):
     terms: PositiveInt = 16
     modulus: Annotated[int, Field(ge=2)] = 23
     largest: PositiveInt | None = None
+    multiplier: PositiveInt = 1
     seed: int = 0
 
 

@@ -109,7 +109,7 @@ def _read_hub(config: Hub) -> Dataset:
 
 
 def _read_running_sums(config: RunningSums) -> Dataset:
-    rows = running_sums(config.size, config.terms, config.modulus, config.seed, config.largest)
+    rows = running_sums(config.size, config.terms, config.modulus, config.seed, config.largest, config.multiplier)
     return _dataset(rows, "running_sums")
 
 

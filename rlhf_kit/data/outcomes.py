@@ -2,51 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_kit.data.messages import completion_messages, completion_text
 from rlhf_kit.rollout import Text
 
 OutcomeRows = Mapping[str, Tensor]
 
 
-def encode_outcomes(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows of `prompt_ids`, `completion_ids` (closed by the end-of-sequence token) and a float `label`."""
+def encode_outcomes(data: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows of `prompt_ids`, `completion_ids` (closed by an end-of-sequence token) and a float `label`."""
     rows = [{**encode_row(tokenizer, row["prompt"], row["completion"]), "label": float(row["label"])} for row in data]
     return Dataset.from_list(rows)
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> dict[str, list[int]]:
-    """Ids of a prompt as generation sees it, and of its completion behind it.
+    """Ids of a prompt as generation sees it, and of its completion as if it had been sampled behind it.
 
-    Text is encoded in two parts, so that the completion starts on a token of its own, as a sampled one does.
+    The two are encoded apart, so that the completion starts on a token of its own; it ends with the token that ends
+    a turn in the chat template, or else the end-of-sequence token.
+
+    Raises:
+        ValueError: the chat template renders the prompt differently once an answer follows.
     """
+    prompt_text, text = render_row(tokenizer, prompt, completion)
     if isinstance(prompt, str):
-        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids or ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
-        return {"prompt_ids": tokenizer(prompt)["input_ids"], "completion_ids": ids}
-    prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
-    messages = [
-        *prompt,
-        *([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion),
-    ]
+        prompt_ids = _ids(tokenizer, prompt_text)
+    else:
+        prompt_ids = _ids(tokenizer, prompt_text, add_special_tokens=False)
+    return {"prompt_ids": prompt_ids, "completion_ids": _closed(_ids(tokenizer, text, False), tokenizer)}
+
+
+def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, str]:
+    """The text of a prompt and what follows it: the completion, in the form that the chat template gives it."""
+    if isinstance(prompt, str):
+        return prompt, completion_text(completion)
+    messages = [*prompt, *completion_messages(completion)]
+    before = _template(tokenizer, prompt, add_generation_prompt=True)
     full = _template(tokenizer, messages, add_generation_prompt=False)
-    if full[: len(prompt_ids)] != prompt_ids:
-        raise ValueError("the chat template renders a prompt differently once an answer follows; use another template")
-    return {"prompt_ids": prompt_ids, "completion_ids": full[len(prompt_ids) :]}
+    if not full.startswith(before):
+        raise ValueError(
+            f"the chat template renders a prompt differently once an answer follows: {before[-80:]!r} does not open "
+            f"{full[-160:]!r}; set model.chat_template to one that does not"
+        )
+    # What a template writes behind the end of a turn (a line break, as a rule) was never sampled.
+    return before, full[len(before) :].rstrip()
 
 
 def collate_outcomes(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Left-padded prompts (B, P), right-padded completions (B, T), their masks, labels and offsets (B,)."""
-    prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
-    completions = [torch.tensor(row["completion_ids"]) for row in rows]
+    prompts = [torch.tensor(row["prompt_ids"], dtype=torch.long) for row in rows]
+    completions = [torch.tensor(row["completion_ids"], dtype=torch.long) for row in rows]
     batch = {
         "prompt_ids": _pad(prompts, pad_token_id, "left"),
         "prompt_mask": _pad([torch.ones_like(ids, dtype=torch.bool) for ids in prompts], False, "left"),
@@ -63,8 +75,18 @@ def _pad(rows: list[Tensor], value: int | bool, side: str) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], add_generation_prompt: bool) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
+    return cast(list[int], tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` with the end-of-sequence token behind them, unless a token that ends a turn is there already."""
+    last = tokenizer.added_tokens_decoder.get(ids[-1]) if ids and ids[-1] != tokenizer.unk_token_id else None
+    return ids if last is not None and last.special else [*ids, cast(int, tokenizer.eos_token_id)]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], add_generation_prompt: bool) -> str:
     rendered = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        cast(Any, list(messages)), add_generation_prompt=add_generation_prompt, tokenize=False
     )
-    return list(rendered["input_ids"])
+    return cast(str, rendered)

@@ -14,11 +14,15 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def running_sums(size: int, terms: int, modulus: int, seed: int, largest: int | None = None) -> list[Row]:
+def running_sums(
+    size: int, terms: int, modulus: int, seed: int, largest: int | None = None, multiplier: int = 1
+) -> list[Row]:
     """`size` different problems in which `terms` numbers are added, one by one, to a first number.
 
     The first number n_0 is drawn uniformly from [0, modulus), the others from [1, largest] (`modulus - 1` without
-    `largest`). Step k of the completion is `(n_0 + ... + n_k) mod modulus`; the last step is the answer. A row has
+    `largest`). Step k of the completion is `s_k = (multiplier * s_{k-1} + n_k) mod modulus` from `s_0 = n_0`; the last
+    step is the answer. With multiplier 10 and largest 9 this is long division: the remainder after each digit. A
+    multiplier other than 1 also keeps two small errors from cancelling. A row has
     `prompt` ("7 15 3 ="), `completion` ("22 2" for modulus 23), `answer` ("2") and `steps` (["22", "2"]). The same
     seed always gives the same rows, and fewer rows are the first of more. Two seeds draw independently, so they
     share no problem in practice once there are many.
@@ -40,11 +44,11 @@ def running_sums(size: int, terms: int, modulus: int, seed: int, largest: int | 
     while len(problems) < size:
         addends = (generator.randint(1, largest) for _ in range(terms))
         problems[(generator.randrange(modulus), *addends)] = None
-    return [_running_sum(numbers, modulus) for numbers in problems]
+    return [_running_sum(numbers, modulus, multiplier) for numbers in problems]
 
 
-def _running_sum(numbers: tuple[int, ...], modulus: int) -> Row:
-    sums = accumulate(numbers, lambda total, number: (total + number) % modulus)
+def _running_sum(numbers: tuple[int, ...], modulus: int, multiplier: int) -> Row:
+    sums = accumulate(numbers, lambda total, number: (multiplier * total + number) % modulus)
     steps = [str(value) for value in sums][1:]
     prompt = " ".join(str(number) for number in numbers) + " ="
     return {"prompt": prompt, "completion": " ".join(steps), "answer": steps[-1], "steps": steps}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.data.verifiers import verify
 from rlhf_kit.evals.config import Evaluation
@@ -13,7 +15,7 @@ from rlhf_kit.models.generation import generate
 
 
 def greedy_scores(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     evaluation: Evaluation,
@@ -24,18 +26,28 @@ def greedy_scores(
     """The verifier's score of one greedy completion for each of this rank's prompts (every `world_size`-th).
 
     All ranks generate the same number of batches, so that a sharded model does not wait for one that is done.
+
+    Raises:
+        ValueError: the verifier cannot judge a row, whatever its completion; the same on every rank.
     """
-    share = -(-len(dataset) // world_size)
-    indices = [(rank + k * world_size) % len(dataset) for k in range(share)]
-    rows = [dataset[index] for index in indices]
+    rows = [cast(Mapping[str, Any], row) for row in dataset]
+    for number, row in enumerate(rows, start=1):
+        if verify(evaluation.verifier, "", row) is None:
+            raise ValueError(
+                f"verifier {evaluation.verifier!r} cannot judge row {number} of eval_data, which has the columns "
+                f"{', '.join(row)} and answer {row.get('answer')!r}: choose another verifier, or leave the row out"
+            )
+    share = -(-len(rows) // world_size)
+    places = [rank + k * world_size for k in range(share)]
+    shown = [rows[place % len(rows)] for place in places]
     completions = generate(
         model,
         tokenizer,
-        [row["prompt"] for row in rows],
+        [row["prompt"] for row in shown],
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
         on_batch=on_batch,
     )
-    own = [rank + k * world_size < len(dataset) for k in range(share)]
-    scores = [verify(evaluation.verifier, text, row) for text, row in zip(completions, rows, strict=True)]
-    return [score or 0.0 for score, mine in zip(scores, own, strict=True) if mine]
+    judged = zip(places, completions, shown, strict=True)
+    scores = [verify(evaluation.verifier, text, row) for place, text, row in judged if place < len(rows)]
+    return [score for score in scores if score is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,43 +16,91 @@ from torch import nn
 def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
     """Make one adapter the active one (none with `None`: the base model) without touching `requires_grad`.
 
-    PEFT's own `set_adapter` freezes the adapters it turns off, so a second adapter would silently stop training.
+    PEFT's own `set_adapter` and `disable_adapter` freeze the adapters that they turn off, so a second adapter would
+    silently stop training.
+
+    Raises:
+        ValueError: the model has no adapter `name`.
     """
-    if name is None:
-        with _unchanged_requires_grad(model), model.disable_adapter():
-            yield
-        return
-    before = model.active_adapter
-    with _unchanged_requires_grad(model):
-        model.set_adapter(name)
-    try:
-        yield
-    finally:
-        with _unchanged_requires_grad(model):
-            model.set_adapter(before)
-
-
-@contextmanager
-def _unchanged_requires_grad(model: nn.Module) -> Iterator[None]:
+    before = str(model.active_adapter)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
+        with model.disable_adapter() if name is None else nullcontext():
+            if name is not None:
+                model.set_adapter(name)
+            _set_requires_grad(flags)
+            yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        if name is not None:
+            model.set_adapter(before)
+        _set_requires_grad(flags)
+
+
+def _set_requires_grad(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def adapter_parameters(model: PeftModel, name: str) -> list[nn.Parameter]:
     """The parameters of one adapter, in the model's order."""
-    return [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+    return list(_adapter_parameters(model, name).values())
 
 
 def add_adapter_copy(model: PeftModel, name: str, of: str = "default") -> None:
-    """Add an adapter `name` that starts as an exact copy of the adapter `of`."""
-    with _unchanged_requires_grad(model):
-        model.add_adapter(name, model.peft_config[of])
-    parameters = dict(model.named_parameters())
+    """Add a frozen adapter `name` that starts as an exact copy of the adapter `of`.
+
+    Raises:
+        ValueError: the model has an adapter `name` already, or none called `of`.
+    """
+    if of not in model.peft_config or name in model.peft_config:
+        have = ", ".join(model.peft_config)
+        raise ValueError(f"cannot copy LoRA adapter '{of}' to '{name}': the model has {have}; choose another name")
+    _recompute_with_own_adapter(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.add_adapter(name, model.peft_config[of])
+    _set_requires_grad(flags)
+    originals, copies = _adapter_parameters(model, of), _adapter_parameters(model, name)
     with torch.no_grad():
-        for key, parameter in parameters.items():
-            if f".{of}." in key:
-                parameters[key.replace(f".{of}.", f".{name}.")].copy_(parameter)
+        for place, copy in copies.items():
+            copy.copy_(originals[place]).requires_grad_(False)
+
+
+def _adapter_parameters(model: PeftModel, name: str) -> dict[tuple[str, str], nn.Parameter]:
+    """An adapter's parameters by their names' parts before and behind the adapter's own name."""
+    pattern = re.compile(rf"(.*\.lora_\w+)\.{re.escape(name)}((?:\..*)?)")
+    named = ((pattern.fullmatch(key), parameter) for key, parameter in model.named_parameters())
+    return {(match[1], match[2]): parameter for match, parameter in named if match}
+
+
+def _recompute_with_own_adapter(model: PeftModel) -> None:
+    """Let gradient checkpointing compute a layer again with the adapter that it was computed with at first.
+
+    By the backward pass another adapter may be the active one. The layer would then be computed with that one's
+    weights, which would also be given the gradients, and nothing would say so.
+    """
+    base = model.get_base_model()
+    enable = base.gradient_checkpointing_enable
+
+    def enable_with_adapter(*args: Any, **kwargs: Any) -> None:
+        enable(*args, **kwargs)
+        for module in base.modules():
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if checkpoint is not None:
+                module._gradient_checkpointing_func = _with_adapter(model, checkpoint)
+
+    base.gradient_checkpointing_enable = enable_with_adapter
+
+
+def _with_adapter(model: PeftModel, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """`checkpoint(function, *args)`, whose function always runs with the adapter that is active now."""
+
+    def checkpoint_with_adapter(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        name = str(model.active_adapter)
+
+        def with_own_adapter(*inputs: Any, **options: Any) -> Any:
+            with nullcontext() if name == model.active_adapter else active_adapter(model, name):
+                return function(*inputs, **options)
+
+        return checkpoint(with_own_adapter, *args, **kwargs)
+
+    return checkpoint_with_adapter

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model
 
 
 @dataclass
@@ -42,6 +42,7 @@ class CriticModel(nn.Module):
     def __init__(self, path: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.backbone = AutoModel.from_pretrained(path, dtype=dtype)
+        disable_dropout_in_model(self.backbone)
         self.head = ValueHead(self.backbone.config.get_text_config().hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "B L"]:
@@ -55,13 +56,14 @@ def add_critic(model: PreTrainedModel, critic: ValueHead | CriticModel) -> None:
 
     The critic becomes the submodule `model.critic` and runs inside the wrapped forward, so that DDP, DeepSpeed and
     FSDP see its parameters used. It is off unless asked for: generation and reference passes never pay for it.
-    `V_t` reads the hidden state that predicts token t. Call it after the log-prob head has been added.
+    `V_t` reads the hidden state that predicts token t. With `detach_hidden`, a head's loss does not reach the policy.
+    Call it after the log-prob head has been added.
     """
-    model.critic = critic
+    model.critic = critic.to(model.device)
     policy_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(*args, with_values: bool = False, **kwargs):
+    def forward(*args, with_values: bool = False, detach_hidden: bool = False, **kwargs):
         if not with_values:
             return policy_forward(*args, **kwargs)
         hidden: list[Tensor] = []
@@ -73,7 +75,7 @@ def add_critic(model: PreTrainedModel, critic: ValueHead | CriticModel) -> None:
         finally:
             hook.remove()
         if isinstance(critic, ValueHead):
-            values = critic(hidden[0])
+            values = critic(hidden[0].detach() if detach_hidden else hidden[0])
         else:
             values = critic(kwargs["input_ids"], kwargs["attention_mask"])
         return ActorCriticOutput(**output, state_values=values)

@@ -9,7 +9,10 @@ from torch import nn
 
 
 class MovingAverage:
-    """A frozen copy of `model` that follows it: `w <- decay * w + (1 - decay) * w_model`."""
+    """A frozen copy of `model` that follows it: `w <- decay * w + (1 - decay) * w_model`.
+
+    Modules that are added to `model` later are none of the average's.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
@@ -19,5 +22,6 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take one step towards the model's present weights."""
-        for average, weight in zip(self.model.parameters(), self._source.parameters(), strict=True):
-            average.lerp_(weight.to(average.dtype), 1 - self._decay)
+        weights = dict(self._source.named_parameters())
+        for name, average in self.model.named_parameters():
+            average.lerp_(weights[name].to(average.dtype), 1 - self._decay)

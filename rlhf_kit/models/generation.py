@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.rollout import Text
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     *,
@@ -27,6 +28,7 @@ def generate(
     Prompts are text or messages (rendered with the tokenizer's chat template). `on_batch` is told how many rows
     are done.
     """
+    policy = cast(Any, model)  # transformers adds `generate` to the classes that it instantiates
     was_training = model.training
     model.eval()
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -34,9 +36,9 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     completions: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        inputs = encode_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
-        output = model.generate(
-            **inputs,
+        inputs = encode_prompts(tokenizer, prompts[start : start + batch_size])
+        output = policy.generate(
+            **{name: tensor.to(policy.device) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=eos_token_ids(model, tokenizer),
@@ -50,22 +52,23 @@ def generate(
     return completions
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: the tokenizer's and those the model declares."""
-    declared = model.generation_config.eos_token_id
+    declared = cast(Any, model).generation_config.eos_token_id
     ids = [declared] if isinstance(declared, int) else list(declared or [])
-    return sorted({*ids, tokenizer.eos_token_id})
+    return sorted({*ids, cast(int, tokenizer.eos_token_id)} - {None})
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]):
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> dict[str, Tensor]:
     """Left-padded `input_ids` and `attention_mask` of text or conversational prompts."""
+    options: Any = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if isinstance(prompts[0], str):
-        return tokenizer(list(prompts), padding=True, return_tensors="pt")
-    return tokenizer.apply_chat_template(
-        [list(prompt) for prompt in prompts],
-        add_generation_prompt=True,
-        tokenize=True,
-        padding=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+        encoded = tokenizer(cast(Any, list(prompts)), **options)
+    else:
+        conversations = cast(Any, [list(prompt) for prompt in prompts])
+        encoded = tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+        )
+    # Some tokenizers add fields, such as token types, that no causal model takes.
+    fields = cast(dict[str, Tensor], encoded)
+    return {name: fields[name] for name in ("input_ids", "attention_mask")}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -83,11 +83,19 @@ def _pretrained(config: Pretrained) -> PreTrainedModel:
 
         # Without dequantisation the weights could not be saved again.
         kwargs.update(gguf_file=config.gguf_file, quantization_config=GgufConfig(dequantize=True))
-    if (Path(config.path) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(config.path, **kwargs).merge_and_unload()
+    if holds_adapter(config.path):
+        adapter = PeftConfig.from_pretrained(config.path)
+        base = config.model_copy(update={"path": adapter.base_model_name_or_path, "revision": adapter.revision})
+        model: Any = PeftModel.from_pretrained(_pretrained(base), config.path).merge_and_unload()
+        # A further adapter on this model must not be taken for one on the base alone.
+        model.name_or_path = model.config._name_or_path = config.path
+        return model
     return AutoModelForCausalLM.from_pretrained(config.path, **kwargs)
+
+
+def holds_adapter(path: str | Path) -> bool:
+    """Whether a folder holds a LoRA adapter rather than a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
 
 
 def _scratch_model(config: Scratch) -> PreTrainedModel:
@@ -99,9 +107,9 @@ def _scratch_model(config: Scratch) -> PreTrainedModel:
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
         **config.config,
     )
     return LlamaForCausalLM(llama)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
@@ -15,13 +16,14 @@ from trl.trainer.utils import add_fused_lm_head
 from rlhf_kit.rollout import Rollout
 
 
-def add_log_prob_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
+def add_log_prob_head(model: PreTrainedModel | PeftModel, temperature: float = 1.0) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)` return log-probabilities, projected in tiles.
 
     The same head (TRL's) serves the policy, its reference and the PRM, so that equal weights give bit-equal
     log-probabilities.
     """
-    add_fused_lm_head(model, temperature=temperature)
+    base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    add_fused_lm_head(base, temperature=temperature)
 
 
 def token_outputs(
@@ -49,7 +51,7 @@ def token_outputs(
         labels[:, :-length] = -100
         output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **options)
         values = (getattr(output, name).float() for name in fields)
-        parts.append(tuple(v[:, -length:] if name == "log_probs" else v for name, v in zip(fields, values)))
+        parts.append(tuple(v[:, -length:] if n == "log_probs" else v for n, v in zip(fields, values, strict=True)))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

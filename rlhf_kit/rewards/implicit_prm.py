@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import PositiveFloat
 
@@ -59,6 +58,7 @@ class ImplicitPrmConfig(SourceConfig):
         return False
 
     def build(self, context: BuildContext) -> ImplicitPrm:
+        """The source, its PRM equal to the policy where no `path` is given."""
         return ImplicitPrm(self, _scorer(self, context), _own_reference(self, context))
 
 
@@ -163,6 +163,7 @@ def _scorer(config: ImplicitPrmConfig, context: BuildContext) -> Scorer:
 
 
 def _whole_model(path: str | None, context: BuildContext, trainable: bool) -> Scorer:
+    from torch import nn
     from trl.trainer.utils import disable_dropout_in_model
 
     from rlhf_kit.models.loading import load_model
@@ -171,12 +172,15 @@ def _whole_model(path: str | None, context: BuildContext, trainable: bool) -> Sc
     policy = context.policy_config
     if not isinstance(policy, Pretrained):
         raise ValueError("an implicit PRM needs a policy with weights to start from; train it by an sft stage first")
-    model = load_model(policy.model_copy(update={"path": path or policy.path, "peft": None}))
-    disable_dropout_in_model(model)
+    changes: dict[str, str | None] = {"peft": None}
+    if path is not None and path != policy.path:
+        changes |= {"path": path, "revision": None, "gguf_file": None}
+    model = load_model(policy.model_copy(update=changes))
     add_log_prob_head(model, context.temperature)
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    return Scorer(model.to(context.device), list(model.parameters()) if trainable else [], nullcontext)
+    module = cast(nn.Module, model)
+    disable_dropout_in_model(module)
+    module.requires_grad_(False)
+    return Scorer(module.to(context.device), list(module.parameters()) if trainable else [])
 
 
 def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer | None:

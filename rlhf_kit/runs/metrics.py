@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.runs.errors import RunError
+from rlhf_kit.errors import RunError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -27,11 +27,15 @@ from rlhf_kit.trainers.config import Credit
 
 @dataclass(frozen=True)
 class WeightedRewards:
-    """Token rewards of one source after its normalisation and weight."""
+    """Token rewards of one source after its normalisation and weight.
+
+    Rows that it did not judge (not `present`; None: it judged all) are nobody's baseline, and get nothing from it.
+    """
 
     name: str
     kind: Literal["outcome", "process"]
     tokens: Float[Tensor, "B T"]
+    present: Bool[Tensor, "B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Episode:
         """Action tokens of valid rows."""
         return self.mask & self.valid[:, None]
 
+    def seen_by(self, source: WeightedRewards) -> Episode:
+        """The episode with only the rows that a source judged."""
+        return self if source.present is None else replace(self, valid=self.valid & source.present)
+
 
 @dataclass(frozen=True)
 class Credited:
@@ -77,8 +85,10 @@ def assign_credit(config: Credit, sources: list[WeightedRewards], episode: Episo
     """
     live = episode.live
     estimate = ESTIMATORS[config.estimator]
-    contributions = {source.name: estimate(config, source, episode) for source in sources}
-    contributions = {name: torch.where(live, value, 0.0) for name, value in contributions.items()}
+    contributions = {}
+    for source in sources:
+        seen = episode.seen_by(source)
+        contributions[source.name] = torch.where(seen.live, estimate(config, source, seen), 0.0)
     advantages = torch.stack(list(contributions.values())).sum(dim=0)
     returns = None
     if config.estimator == "gae":

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit import masked_mean, masked_var
 from rlhf_kit.credit.spans import step_ids
 from rlhf_kit.data.messages import completion_text
 from rlhf_kit.evals.steps import auc, step_labels
-from rlhf_kit.rollout import Rollout
+from rlhf_kit.rollout import Rollout, Status
 from rlhf_kit.trainers.assign import Credited, Episode, WeightedRewards
 from rlhf_kit.trainers.config import Ppo
 from rlhf_kit.trainers.rollouts import Ranks
@@ -76,7 +77,8 @@ class RolloutLog:
         metrics["credit/advantage_std"] = masked_var(credited.advantages, live).sqrt().item()
         metrics["credit/dropped_rows"] = 1 - episode.valid.float().mean().item()
         if scores.outcomes is not None:
-            metrics["accuracy"] = self._ranks.all_rows(scores.outcomes).mean().item()
+            labelled = self._ranks.all_rows(scores.labelled)
+            metrics["accuracy"] = masked_mean(self._ranks.all_rows(scores.outcomes), labelled).item()
         if credited.returns is not None and episode.values is not None:
             variance = masked_var(credited.returns, live)
             residual = masked_var(credited.returns - episode.values, live)
@@ -104,8 +106,8 @@ class RolloutLog:
             tokens = scores.rewards[name].tokens
             if scores.outcomes is not None:
                 sums, outcomes = self._ranks.all_rows(tokens.sum(dim=1)), self._ranks.all_rows(scores.outcomes)
-                right = outcomes >= 0.5
-                area = auc(sums[right].tolist(), sums[~right].tolist())
+                labelled, right = self._ranks.all_rows(scores.labelled), outcomes >= 0.5
+                area = auc(sums[labelled & right].tolist(), sums[labelled & ~right].tolist())
                 if area is not None:
                     metrics[f"prm/{name}/outcome_auc"] = area
             if truth is not None:
@@ -133,19 +135,23 @@ class RolloutLog:
         episode: Episode,
         credited: Credited,
     ) -> None:
-        """TRL logged zeros under its own names; put the numbers there."""
-        by_source = {
-            source.source_name: self._ranks.all_rows(scores.rewards[source.source_name].tokens.sum(dim=1))
-            for source in self._config.rewards
-        }
+        """TRL logged zeros under its own names; put the numbers there. A reward that is missing is none of them."""
+        by_source, statuses = {}, []
+        for source in self._config.rewards:
+            rewards = scores.rewards[source.source_name]
+            statuses.append(self._ranks.all_rows(rewards.status))
+            sums = self._ranks.all_rows(rewards.tokens.sum(dim=1))
+            by_source[source.source_name] = torch.where(statuses[-1] == Status.OK, sums, torch.nan)
         for name, sums in by_source.items():
-            trainer.replace_metric(f"rewards/{name}/mean", sums.mean().item())
-            trainer.replace_metric(f"rewards/{name}/std", sums.std().item() if len(sums) > 1 else 0.0)
+            trainer.replace_metric(f"rewards/{name}/mean", sums.nanmean().item())
+            trainer.replace_metric(f"rewards/{name}/std", _deviation(sums).item())
         total = torch.stack([source.tokens.sum(dim=1) for source in weighted]).sum(dim=0)
-        groups = total.view(-1, episode.group_size)
-        spread = groups.std(dim=1) if episode.group_size > 1 else torch.zeros(len(groups))
-        trainer.replace_metric("reward", total.mean().item())
-        trainer.replace_metric("reward_std", total.std().item() if len(total) > 1 else 0.0)
+        status = torch.stack(statuses)
+        known = (status == Status.OK).any(dim=0) & (status != Status.FAILED).all(dim=0)
+        total = torch.where(known, total, torch.nan)
+        spread = _deviation(total.view(-1, episode.group_size)) if episode.group_size > 1 else torch.zeros(1)
+        trainer.replace_metric("reward", total.nanmean().item())
+        trainer.replace_metric("reward_std", _deviation(total).item())
         trainer.replace_metric("frac_reward_zero_std", (spread < 1e-8).float().mean().item())
         mean_advantage = credited.advantages.sum(dim=1) / episode.live.sum(dim=1).clamp(min=1)
         trainer.replace_completion_log(
@@ -193,6 +199,13 @@ class RolloutLog:
         if "reference" not in rollout.logprobs or "behaviour" not in rollout.logprobs:
             return None
         return (rollout.logprobs["behaviour"] - rollout.logprobs["reference"])[row, :length].tolist()
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """Unbiased standard deviation along the last dimension, without NaN; NaN where fewer than two are left."""
+    count = values.isfinite().sum(dim=-1, keepdim=True)
+    squares = (values - values.nanmean(dim=-1, keepdim=True)).square().nansum(dim=-1, keepdim=True)
+    return torch.where(count > 1, squares / (count - 1), torch.nan).sqrt().squeeze(-1)
 
 
 def _cover(labels: list[tuple[int, int, bool]], text: str) -> list[tuple[int, int]]:

@@ -262,7 +262,11 @@ class PpoTrainer(CreditTrainer):
     # -- loss -------------------------------------------------------------------------------------------------------
 
     def forward_options(self) -> dict[str, Any]:
-        options = {"with_values": self.critic_config is not None, "with_prm": self.joint_prm is not None}
+        options = {
+            "with_values": self.critic_config is not None,
+            "detach_hidden": self._critic_warms_up(),
+            "with_prm": self.joint_prm is not None,
+        }
         return {name: True for name, wanted in options.items() if wanted}
 
     def auxiliary_loss(self, output: Any, batch: Batch) -> Tensor | None:
@@ -284,7 +288,8 @@ class PpoTrainer(CreditTrainer):
         if "reference_logprobs" in batch:
             log_probs = output.log_probs[:, -mask.shape[1] :].float()
             penalty = kl_penalty(log_probs, batch["reference_logprobs"], self.config.credit.kl.estimator)
-            losses.append(self.kl_coefficient * masked_by(mask, penalty).sum() / tokens)
+            scale = self.kl_coefficient * self.policy_loss_scale()
+            losses.append(scale * masked_by(mask, penalty).sum() / tokens)
         if self.joint_prm is not None:
             losses.append(self._joint_prm_loss(output, batch, mask))
         return torch.stack(losses).sum() if losses else None
@@ -304,8 +309,17 @@ class PpoTrainer(CreditTrainer):
         return loss * 0.0
 
     def policy_loss_scale(self) -> float:
-        warming = self.critic_config is not None and self.state.global_step < self.critic_config.warmup_steps
-        return 0.0 if warming else 1.0
+        return 0.0 if self._critic_warms_up() else 1.0
+
+    def still_parameters(self) -> list[torch.nn.Parameter]:
+        if not self._critic_warms_up():
+            return []
+        own = {id(parameter) for parameter in self.joint_prm.trainable_parameters()} if self.joint_prm else set()
+        named = self.model.named_parameters()
+        return [p for name, p in named if ".critic." not in f".{name}" and id(p) not in own]
+
+    def _critic_warms_up(self) -> bool:
+        return self.critic_config is not None and self.state.global_step < self.critic_config.warmup_steps
 
     def update_is_sound(self, loss: Tensor | None, grad_norm: float | None) -> bool:
         """A loss or gradient that is not finite on any rank, or a window without a live token, is not applied."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import set_seed
 
 from rlhf_kit.data.config import Sampled
@@ -19,7 +21,8 @@ def sample_completions(
 ) -> list[list[str]]:
     """`config.num_generations` completions for every row of `prompts`."""
     model_config = Pretrained(path=config.model)
-    model, tokenizer = load_model(model_config), load_tokenizer(model_config)
+    model = cast(nn.Module, load_model(model_config))
+    tokenizer = load_tokenizer(model_config)
     if torch.cuda.is_available():
         model.to("cuda")
     set_seed(config.seed)

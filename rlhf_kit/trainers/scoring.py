@@ -27,13 +27,15 @@ class Scores:
     Attributes:
         rewards: token rewards by source.
         valid: (B,) rows that count.
-        outcomes: (B,) outcome labels in [0, 1], if a source gives them.
+        outcomes: (B,) outcome labels in [0, 1], if a source gives them; 0 where not `labelled`.
+        labelled: (B,) rows that have an outcome label.
         metrics: for the log.
     """
 
     rewards: dict[str, TokenRewards]
     valid: Bool[Tensor, "B"]
     outcomes: Float[Tensor, "B"] | None = None
+    labelled: Bool[Tensor, "B"] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -88,6 +90,7 @@ class Scoring:
             for config, source in zip(self.configs, self.sources, strict=True)
             if isinstance(config, ImplicitPrmConfig) and config.online and config.online.order == "before_scoring"
         }
+        self._learns = any(isinstance(config, ImplicitPrmConfig) and config.online for config in self.configs)
         self._band = band
         self._ranks = ranks
 
@@ -102,9 +105,9 @@ class Scoring:
             if getattr(config, "labels_outcomes", False):
                 labels.append((rewards.tokens.sum(dim=1), rewards.status == Status.OK))
         if labels:
-            scores.outcomes, labelled = _mean_label(labels)
-            if self._band is not None or self.online:
-                scores.valid &= labelled
+            scores.outcomes, scores.labelled = _mean_label(labels)
+            if self._band is not None or self._learns:
+                scores.valid &= scores.labelled
             self._apply_band(rollout, scores)
         return scores
 
@@ -118,7 +121,10 @@ class Scoring:
         return in_band(outcomes, labelled, rollout.group_size, self._band)
 
     def learn_and_score(self, rollout: Rollout, scores: Scores) -> None:
-        """Online sources learn from the outcomes; then every process source scores."""
+        """Online sources learn from the outcomes; then every process source scores.
+
+        A row that no source has judged is left out.
+        """
         rollout = self.with_peers(rollout, scores)
         for config, source in zip(self.configs, self.sources, strict=True):
             if source.kind != "process":
@@ -132,6 +138,8 @@ class Scoring:
                 learnt = update.step(rollout, scores.outcomes, scores.valid)
                 scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt.items()})
             self._ask(config, source, rollout, scores)
+        judged = [rewards.status == Status.OK for rewards in scores.rewards.values()]
+        scores.valid &= torch.stack(judged).any(dim=0)
 
     def weighted(self, rollout: Rollout, scores: Scores) -> list[WeightedRewards]:
         """Rewards of all ranks after each source's normalisation and weight."""
@@ -139,11 +147,13 @@ class Scoring:
         weighted = []
         for config, source in zip(self.configs, self.sources, strict=True):
             tokens = self._ranks.all_rows(scores.rewards[source.name].tokens)
+            present = self._ranks.all_rows(scores.rewards[source.name].status) == Status.OK
             if config.normalize != "none":
-                sums = tokens.sum(dim=1)[valid]
+                sums = tokens.sum(dim=1)[valid & present]
                 scale = self.scales[source.name] if config.normalize == "running" else RunningScale()
                 tokens = tokens / scale.update(sums)
-            weighted.append(WeightedRewards(source.name, source.kind, tokens * config.weight_at(rollout.step)))
+            tokens = tokens * config.weight_at(rollout.step)
+            weighted.append(WeightedRewards(source.name, source.kind, tokens, present))
         return weighted
 
     def _ask(self, config: SourceConfig, source: RewardSource, rollout: Rollout, scores: Scores) -> TokenRewards:

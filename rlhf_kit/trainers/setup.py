@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kit.errors import RunError
 
@@ -31,7 +32,7 @@ class StageRun:
     seed: int = 0
     callbacks: Sequence[TrainerCallback] = ()
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    log_samples: Callable[[int, list[dict[str, Any]]], None] | None = None
+    log_samples: Callable[[int, list[dict[str, Any]]], object] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -40,8 +41,16 @@ class StageRun:
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; the trainer writes its state last, so one without it was cut off."""
-        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
         return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:  # a kill cut it off
+        return False
+    return True
 
 
 def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defaults: Any) -> Args:
@@ -74,7 +83,5 @@ def train(trainer: Trainer, run: StageRun) -> None:
     """Train from the newest whole checkpoint, if there is one."""
     checkpoint = run.last_checkpoint()
     # The kit's own loggers write files and draw; transformers' printing of every log line would only repeat them.
-    from transformers import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

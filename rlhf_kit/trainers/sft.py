@@ -4,30 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl import SFTConfig, SFTTrainer
+from torch import nn
+from transformers import set_seed
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_kit.data.load import load_data
+from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.trainers.config import Sft
 from rlhf_kit.trainers.export import export_model
 from rlhf_kit.trainers.setup import StageRun, build_args, train
 
-COLUMNS = ("prompt", "completion", "messages", "text")
-
 
 def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
-    """Fine-tune, write `model/`, and return the stage's results."""
-    args = build_args(SFTConfig, run, stage.trainer.args)
-    from transformers import set_seed
+    """Fine-tune, write `model/`, and return the stage's results.
 
+    Raises:
+        RunError: the data have no completions to learn.
+    """
+    args = build_args(SFTConfig, run, stage.trainer.args)
     set_seed(args.seed)
     tokenizer = load_tokenizer(stage.model)
     data = load_data(stage.data)
+    if "completion" not in data.column_names:
+        raise RunError(
+            f"sft learns completions, and the data have only the columns {', '.join(data.column_names)}: name the one "
+            "that holds them, as in data.columns: {completion: answer}"
+        )
     trainer = SFTTrainer(
         model=load_model(stage.model),
         args=args,
-        train_dataset=data.select_columns([name for name in COLUMNS if name in data.column_names]),
+        train_dataset=data.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )
@@ -35,7 +44,8 @@ def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
     export_model(trainer, run.folder / "model")
     results: dict[str, Any] = {"updates": trainer.state.global_step}
     if stage.evaluation is not None and stage.eval_data is not None:
-        scores = greedy_scores(trainer.model, tokenizer, load_data(stage.eval_data), stage.evaluation)
+        model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+        scores = greedy_scores(model, tokenizer, load_data(stage.eval_data), stage.evaluation)
         results["eval_accuracy"] = sum(scores) / len(scores)
         trainer.log({"eval_accuracy": results["eval_accuracy"]})
     return results

@@ -8,7 +8,7 @@ PEFT, DeepSpeed) stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,10 @@ class CreditTrainer(GRPOTrainer):
         """What the policy's loss is multiplied by (0 while only the critic learns)."""
         return 1.0
 
+    def still_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that this update leaves as they are, weight decay included."""
+        return ()
+
     def update_is_sound(self, loss: Tensor | None, grad_norm: float | None) -> bool:
         """Whether this loss may be differentiated, or this accumulated gradient applied; agreed by all ranks."""
         return True
@@ -147,6 +151,8 @@ class CreditTrainer(GRPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = norm.item() if isinstance(norm, Tensor) else norm
+        for parameter in self.still_parameters():
+            parameter.grad = None
         if not self.update_is_sound(None, value):
             # With no gradient the optimiser leaves weights, moments and weight decay alone.
             for parameter in model.parameters():

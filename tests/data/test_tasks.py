@@ -96,3 +96,12 @@ trees = st.recursive(
 @given(trees)
 def test_an_entry_survives_json_with_tuples_and_keys(tree):
     assert _untag(json.loads(json.dumps(_tag(tree)))) == tree
+
+
+@pytest.mark.parametrize("modulus", [7, 23])
+def test_multiplier_ten_gives_the_remainders_of_long_division(modulus):
+    for row in running_sums(20, 6, modulus, seed=1, largest=min(9, modulus - 1), multiplier=10):
+        numbers = row["prompt"].removesuffix(" =").split()
+        # The first number may have two digits; the digits behind it are brought down one by one.
+        remainders = [int(numbers[0] + "".join(numbers[1 : k + 2])) % modulus for k in range(6)]
+        assert row["steps"] == [str(remainder) for remainder in remainders]

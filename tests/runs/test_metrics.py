@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_kit.runs.errors import RunError
+from rlhf_kit.errors import RunError
 from rlhf_kit.runs.metrics import (
     MetricsWriter,
     read_metrics,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_kit.runs.errors import RunError
+from rlhf_kit.errors import RunError
 from rlhf_kit.runs.metrics import MetricsWriter, write_samples
 from rlhf_kit.runs.report import render_report, write_report
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from rlhf_kit.data.load import load_data
 from rlhf_kit.data.tasks import running_sums, running_sums_vocabulary
 from rlhf_kit.models.config import Scratch
 from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.models.scorer import rollout_outputs
+from rlhf_kit.rollout import Rollout
 from rlhf_kit.trainers.config import Ppo
 from rlhf_kit.trainers.ppo import PpoTrainer
-from rlhf_kit.trainers.run_ppo import build_ppo_trainer
+from rlhf_kit.trainers.rollouts import build_rollout
+from rlhf_kit.trainers.run_ppo import ppo_args
 from rlhf_kit.trainers.setup import StageRun
+from rlhf_kit.trainers.trl_compat import Batch
 
 MODULUS, TERMS = 5, 2
 DATA = {"type": "running_sums", "size": 60, "terms": TERMS, "modulus": MODULUS}
@@ -26,6 +32,40 @@ DATA = {"type": "running_sums", "size": 60, "terms": TERMS, "modulus": MODULUS}
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
 logging.disable_progress_bar()
+
+
+class Recorder(PpoTrainer):
+    """The trainer, with its rollouts kept.
+
+    Attributes:
+        batches: what was trained on, by rollout.
+        rollouts: what the sources saw, by rollout, with the log-probabilities of the policy as it is now.
+        samples: the samples of each rollout, as the report gets them: every row, in the order of the data.
+    """
+
+    samples: list[list[dict[str, Any]]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[Batch] = []
+        self._generated: list[tuple[Any, ...]] = []
+
+    def assign_credit(self, batch: Batch, *args: Any) -> Batch:
+        self._generated.append((dict(batch), *args))
+        batch = super().assign_credit(batch, *args)
+        self.batches.append(dict(batch))
+        return batch
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [self._rebuilt(*generated) for generated in self._generated]
+
+    @torch.no_grad()
+    def _rebuilt(self, *generated: Any) -> Rollout:
+        size = self.args.per_device_train_batch_size
+        options = {"temperature": 1.0, "group_size": self.num_generations, "micro_batch_size": size, "step": 0}
+        rollout = build_rollout(*generated, **options)
+        return replace(rollout, logprobs={"behaviour": rollout_outputs(self.model, rollout)[0]})
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +85,7 @@ def policy_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = running_sums(60, TERMS, MODULUS, seed=9)
     ids = tokenizer([f"{row['prompt']} {row['completion']} <eos>" for row in rows], return_tensors="pt")["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(25):
+    for _ in range(10):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -93,30 +133,34 @@ def stage(policy_path: str) -> Callable[..., Ppo]:
 
 
 @pytest.fixture
-def build(stage: Callable[..., Ppo], tmp_path: Path) -> Callable[..., PpoTrainer]:
+def build(stage: Callable[..., Ppo], tmp_path: Path) -> Callable[..., Recorder]:
     """A trainer of such a stage; `functions` are reward functions by name."""
 
     def make(
         functions: Mapping[str, Callable[..., Any]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **fields: Any,
-    ) -> PpoTrainer:
-        return build_ppo_trainer(
-            stage(**fields), StageRun(tmp_path, functions=functions or {}, callbacks=list(callbacks))
+    ) -> Recorder:
+        config = stage(samples={"every": 1, "count": 1000}, **fields)
+        run = StageRun(tmp_path)
+        args = ppo_args(config, run)
+        set_seed(args.seed)
+        samples: list[list[dict[str, Any]]] = []
+        trainer = Recorder(
+            config=config,
+            model=load_model(config.model),
+            processing_class=load_tokenizer(config.model),
+            args=args,
+            train_dataset=load_data(config.data),
+            functions=functions,
+            callbacks=callbacks,
+            log_samples=lambda step, rows: samples.append(rows),
         )
+        trainer.samples = samples
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     return make
-
-
-@pytest.fixture
-def batch_of() -> Callable[[PpoTrainer], list[dict[str, Any]]]:
-    """The rows of a trainer's first rollout."""
-
-    def rows(trainer: PpoTrainer) -> list[dict[str, Any]]:
-        trainer.model.train()
-        return next(iter(trainer.get_train_dataloader()))
-
-    return rows
 
 
 @pytest.fixture
@@ -126,6 +170,6 @@ def weights() -> Callable[[torch.nn.Module], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def logged() -> Callable[[PpoTrainer], list[dict[str, float]]]:
+def logged() -> Callable[[Recorder], list[dict[str, float]]]:
     """The log of every step."""
     return lambda trainer: [entry for entry in trainer.state.log_history if "reward" in entry]

@@ -58,12 +58,12 @@ def train_both(ours, theirs):
         trainer.train()
 
 
-def assert_same_weights(ours, theirs, before):
+def assert_same_weights(ours, theirs, before, atol=0.0):
     moved = 0.0
     for (name, mine), (_, other) in zip(
         ours.model.named_parameters(), theirs.model.named_parameters(), strict=True
     ):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine, other, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
         moved = max(moved, (mine - before[name]).abs().max().item())
     assert moved > 1e-3, "nothing was learnt, so nothing was compared"
 
@@ -99,7 +99,7 @@ def test_rewards_of_several_functions_are_weighted_as_by_grpo(build, grpo, weigh
     theirs = grpo([exact, letters], args={**args, "reward_weights": [2.0, -0.5]})
     before = weights(ours.model)
     train_both(ours, theirs)
-    assert_same_weights(ours, theirs, before)
+    assert_same_weights(ours, theirs, before, atol=1e-6)
 
 
 def test_a_reward_that_knows_some_prompts_only_is_used_as_by_grpo(build, grpo, weights) -> None:
@@ -109,7 +109,8 @@ def test_a_reward_that_knows_some_prompts_only_is_used_as_by_grpo(build, grpo, w
     theirs = grpo([exact, only_some], args=args)
     before = weights(ours.model)
     train_both(ours, theirs)
-    assert_same_weights(ours, theirs, before)
+    # Here each source's advantage is scaled and then added; the sum may differ in its last bit.
+    assert_same_weights(ours, theirs, before, atol=1e-6)
     names = ["rewards/only_some/mean", "rewards/only_some/std", "reward", "reward_std", "frac_reward_zero_std"]
     for mine, other in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
         assert [mine[name] for name in names] == pytest.approx([other[name] for name in names], abs=1e-6)
