@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.loading import holds_adapter, load_model
+
 KIT_MODULES = re.compile(r"^(base_model\.model\.)?(critic|prm)\.")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def without_kit_modules(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -22,24 +27,45 @@ def without_kit_modules(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def export_model(trainer: Trainer, folder: Path) -> None:
     """Write the policy: `AutoModelForCausalLM.from_pretrained` loads it; a LoRA policy is written as its adapter."""
     accelerator = trainer.accelerator
-    state = accelerator.get_state_dict(trainer.model_wrapped)
+    state = cast(dict[str, Tensor], accelerator.get_state_dict(trainer.model_wrapped))
     if accelerator.is_main_process:
-        write_model(accelerator.unwrap_model(trainer.model), folder, trainer.processing_class, state)
+        model = cast(nn.Module, accelerator.unwrap_model(trainer.model))
+        write_model(model, folder, trainer.processing_class, state)
     accelerator.wait_for_everyone()
 
 
 def write_model(
     model: nn.Module, folder: Path, tokenizer: Any, state: dict[str, Tensor] | None = None, adapter: str = "default"
 ) -> None:
-    """Write a model (of a PEFT model: one adapter) and its tokenizer."""
+    """Write a model (of a PEFT model: one adapter) and its tokenizer.
+
+    An adapter whose base model is itself a base with an adapter merged in is written as a whole model, for nothing
+    but the kit could put the two adapters together.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     kept = without_kit_modules(state if state is not None else dict(model.state_dict()))
-    options: dict[str, Any] = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, state_dict=kept, **options)
+    if isinstance(model, PeftModel):
+        _write_adapter(model, folder, kept, adapter)
+    else:
+        cast(Any, model).save_pretrained(folder, state_dict=kept)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer.save_pretrained(folder)
 
 
+def _write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], adapter: str) -> None:
+    model.save_pretrained(str(folder), state_dict=state, selected_adapters=[adapter])
+    if adapter != "default":  # PEFT gives any other adapter a folder of its own
+        for name in ADAPTER_FILES:
+            (folder / adapter / name).replace(folder / name)
+        shutil.rmtree(folder / adapter)
+    if holds_adapter(str(model.peft_config[adapter].base_model_name_or_path)):
+        dtype = str(model.dtype).removeprefix("torch.")
+        merged = load_model(Pretrained.model_validate({"path": str(folder), "dtype": dtype}))
+        for name in ADAPTER_FILES:
+            (folder / name).unlink()
+        merged.save_pretrained(str(folder))
+
+
 def write_prm_record(folder: Path, beta: float, reference: str) -> None:
     """What a PRM's log-probabilities are compared with, beside its weights."""
-    (folder / "prm.json").write_text(json.dumps({"beta": beta, "reference": reference}, indent=2))
+    (folder / "prm.json").write_text(json.dumps({"beta": beta, "reference": reference}, indent=2), encoding="utf-8")

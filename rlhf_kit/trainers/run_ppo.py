@@ -31,7 +31,20 @@ def run_ppo(stage: Ppo, run: StageRun) -> dict[str, Any]:
     accuracies = trainer.evaluations
     if accuracies:
         results |= {"eval_accuracy_start": accuracies[0][1], "eval_accuracy": accuracies[-1][1]}
-    return results
+    return results | _step_auc(trainer.state.log_history)
+
+
+def _step_auc(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Lowest and mean step AUC over the logs of the run; of the lowest source, if there are several."""
+    by_source: dict[str, list[float]] = {}
+    for logs in history:
+        for name, value in logs.items():
+            if name.endswith("/step_auc") and value is not None:
+                by_source.setdefault(name, []).append(value)
+    if not by_source:
+        return {}
+    values = min(by_source.values(), key=min)
+    return {"step_auc_min": min(values), "step_auc_mean": sum(values) / len(values)}
 
 
 def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:

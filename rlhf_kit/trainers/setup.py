@@ -84,4 +84,22 @@ def train(trainer: Trainer, run: StageRun) -> None:
     checkpoint = run.last_checkpoint()
     # The kit's own loggers write files and draw; transformers' printing of every log line would only repeat them.
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(_StopIfTrained())
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except _AlreadyTrained:
+        if trainer.args.load_best_model_at_end:
+            trainer._load_best_model()
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+class _AlreadyTrained(Exception):
+    """The checkpoint is that of the last step."""
+
+
+class _StopIfTrained(TrainerCallback):
+    """Without it, a stage that was stopped behind its last checkpoint would take one step too many."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrained

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import set_seed
@@ -44,7 +44,7 @@ def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
     export_model(trainer, run.folder / "model")
     results: dict[str, Any] = {"updates": trainer.state.global_step}
     if stage.evaluation is not None and stage.eval_data is not None:
-        model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+        model = cast(nn.Module, trainer.accelerator.unwrap_model(trainer.model))
         scores = greedy_scores(model, tokenizer, load_data(stage.eval_data), stage.evaluation)
         results["eval_accuracy"] = sum(scores) / len(scores)
         trainer.log({"eval_accuracy": results["eval_accuracy"]})
