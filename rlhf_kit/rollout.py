@@ -145,6 +145,7 @@ class RewardSource(ABC):
 
     def observe(self, outcomes: Float[Tensor, "N"]) -> None:
         """Take note of the outcomes of all ranks, before `loss` is asked for."""
+        return
 
     def trainable_parameters(self) -> list[Parameter]:
         """The parameters that `loss` trains."""
@@ -152,6 +153,8 @@ class RewardSource(ABC):
 
     def save(self, folder: Path) -> None:
         """Write what the source has learnt into `folder`."""
+        return
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote."""
+        return

@@ -78,7 +78,7 @@ def _recompute_with_own_adapter(model: PeftModel) -> None:
     By the backward pass another adapter may be the active one. The layer would then be computed with that one's
     weights, which would also be given the gradients, and nothing would say so.
     """
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     enable = base.gradient_checkpointing_enable
 
     def enable_with_adapter(*args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,11 +49,11 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             console=self._console,
         )
         self._task = self._progress.add_task(
@@ -66,14 +66,16 @@ class ProgressCallback(TrainerCallback):
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero:
             return
-        self._numbers |= self._pick(logs)
+        new = self._pick(logs or {})
+        self._numbers |= new
         line = "  ".join(f"{name} {value}" for name, value in self._numbers.items())
         if self._progress is not None:
             self._progress.update(self._task, numbers=line)
-        elif not self._console.is_terminal and self._numbers:
-            self._console.print(f"{self._title} {state.global_step}/{state.max_steps}  {line}", soft_wrap=True)
+        elif new and not self._console.is_terminal:
+            at = f"{self._title} {state.global_step}/{state.max_steps}"
+            self._console.print(f"{at}  {line}", soft_wrap=True, markup=False, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:
@@ -96,5 +98,5 @@ class ProgressCallback(TrainerCallback):
         return picked
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

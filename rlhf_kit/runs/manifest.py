@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def describe_run(recipe: Recipe) -> dict[str, Any]:
-    """Versions, commit, command and fingerprints of data and models."""
+def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Versions, commit, command, and where the run was started."""
     return {
         "name": recipe.name,
         "created": time.time(),
-        "command": redact(" ".join(sys.argv)),
+        "command": " ".join(sys.argv),
         "versions": {"python": platform.python_version(), **_versions()},
         "git_commit": _git_commit(),
         "platform": platform.platform(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "data": {name: _data_fingerprints(stage.model_dump()) for name, stage in recipe.stages.items()},
+        "world_size": world_size,
     }
+
+
+def describe_stage(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The earlier stages that a stage builds on, and the SHA-256 of every local file and model that it reads."""
+    paths = dict(_paths(recipe.stages[name].model_dump()))
+    parents = [
+        other
+        for other in recipe.stages
+        if other != name and any(Path(path) in recipe.outputs(other) for path in paths.values())
+    ]
+    prints = {field: _fingerprint(Path(path).expanduser()) for field, path in paths.items()}
+    return {"parents": parents, "inputs": {field: value for field, value in prints.items() if value}}
 
 
 def _versions() -> dict[str, str]:
@@ -74,18 +86,26 @@ def _git(*args: str) -> str:
     return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _data_fingerprints(stage: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of every local file that the stage reads, and the description of what it makes or fetches."""
-    prints = {}
-    for key in ("data", "eval_data", "model"):
-        config = stage.get(key)
-        if not config:
-            continue
-        path = Path(str(config.get("path", "")))
-        if path.is_file():
-            prints[key] = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-        elif (weights := path / "model.safetensors").is_file():
-            prints[key] = "sha256:" + hashlib.sha256(weights.read_bytes()).hexdigest()
-        else:
-            prints[key] = "config:" + hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return prints
+def _paths(config: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every file and model that a stage's configuration names, by field (`data.path`, `rewards.1.path`)."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            inner = f"{field}.{key}" if field else str(key)
+            if key in ("path", "model") and isinstance(value, str):
+                yield inner, value
+            else:
+                yield from _paths(value, inner)
+    elif isinstance(config, list | tuple):
+        for index, value in enumerate(config):
+            yield from _paths(value, f"{field}.{index}")
+
+
+def _fingerprint(path: Path) -> str | None:
+    """SHA-256 of a file, or of a model folder's weights in the order of their names; None for anything else."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}" if files else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,13 +15,16 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerCallback
 
 from rlhf_kit.errors import RunError
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.runs.manifest import describe_run, read_manifest, write_manifest
-from rlhf_kit.runs.metrics import write_samples
-from rlhf_kit.runs.report import write_report
+from rlhf_kit.runs.heatmap import heatmap_page
+from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
+from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
+from rlhf_kit.runs.redact import redact
+from rlhf_kit.runs.report import REPORT_FILE, write_report
 from rlhf_kit.trainers.config import StageConfig
 from rlhf_kit.trainers.setup import StageRun
 
@@ -30,8 +35,8 @@ RECIPE_FILE = "recipe.resolved.yaml"
 def run_pipeline(recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | None = None) -> dict[str, Any]:
     """Run every stage that is not yet done, write the report, and return the stages' results.
 
-    The same command goes on where it was stopped. `functions` are reward functions by the names that the recipe
-    uses.
+    The same command goes on where it was stopped, and leaves a run that is done as it is. `functions` are reward
+    functions by the names that the recipe uses.
 
     Raises:
         RunError: the run folder belongs to another recipe, or a stage cannot go on.
@@ -42,16 +47,17 @@ def run_pipeline(recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | N
     if main:
         _open_folder(recipe)
     results = {}
+    finished = "finished" in read_manifest(folder)
     try:
         for name, stage in recipe.stages.items():
             results[name] = _run_stage(recipe, name, stage, functions or {}, main)
-        if main:
+        if main and not finished:
             write_manifest(folder, finished=time.time())
     finally:
-        if main:
-            report = write_report(folder)
+        if main and not (finished and (folder / REPORT_FILE).is_file()):
+            write_report(folder)
     if main:
-        _print_results(recipe, results, report)
+        _print_results(recipe, results)
     return results
 
 
@@ -62,22 +68,46 @@ def _run_stage(
     done = folder / RESULT_FILE
     if done.is_file():
         return json.loads(done.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
     run = StageRun(
         folder=folder,
         seed=recipe.seed,
-        callbacks=[MetricsCallback(folder), ProgressCallback(name)],
+        callbacks=_watchers(folder, name) if main else (),
         functions=functions,
-        log_samples=partial(write_samples, folder) if main else None,
+        log_samples=partial(_log_samples, folder) if main else None,
     )
+    if main:
+        stages = read_manifest(recipe.run_folder).get("stages", {})
+        write_manifest(recipe.run_folder, stages={**stages, name: describe_stage(recipe, name)})
     started = time.time()
     results = _runner(stage)(stage, run)
     results["minutes"] = round((time.time() - started) / 60, 2)
     if main:
-        partial_file = done.with_suffix(".partial")
-        partial_file.write_text(json.dumps(results, indent=2))
-        os.replace(partial_file, done)
+        _write(done, json.dumps(results, indent=2))
     return results
+
+
+def _watchers(folder: Path, name: str) -> list[TrainerCallback]:
+    """The callbacks of a stage; what an attempt without a checkpoint has logged will be logged again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if StageRun(folder).last_checkpoint() is None:
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)
+    return [MetricsCallback(folder), ProgressCallback(name)]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(text, encoding="utf-8")
+    os.replace(partial_file, path)
+
+
+def _log_samples(folder: Path, step: int, samples: list[dict[str, Any]]) -> None:
+    """Keep samples in the run folder and, where a wandb run is open, show their heat map there."""
+    write_samples(folder, step, samples)
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.log({"samples": wandb.Html(heatmap_page(samples))}, commit=False)
 
 
 def _runner(stage: StageConfig) -> Callable[[Any, StageRun], dict[str, Any]]:
@@ -97,22 +127,43 @@ def _runner(stage: StageConfig) -> Callable[[Any, StageRun], dict[str, Any]]:
 
 def _open_folder(recipe: Recipe) -> None:
     """Make the run folder, or make sure that it is this recipe's."""
-    folder = recipe.run_folder
-    written = folder / RECIPE_FILE
+    folder, world_size = recipe.run_folder, int(os.environ.get("WORLD_SIZE", "1"))
+    written, text = folder / RECIPE_FILE, redact(recipe.to_yaml())
     if written.is_file():
-        before, now = yaml.safe_load(written.read_text()), yaml.safe_load(recipe.to_yaml())
-        changed = sorted(_differences(before, now))
-        if changed:
-            shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-            raise RunError(
-                f"{folder} holds a run of another recipe (differs in {shown}); give this one another name "
-                f"(name=...), or remove the folder"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
+        _check_same(folder, yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text))
+        _check_world_size(recipe, world_size)
+    elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run; give this run another name (name=...)")
-    recipe.write_resolved(folder)
-    write_manifest(folder, **describe_run(recipe), **read_manifest(folder))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(written, text)
+    if not read_manifest(folder):
+        write_manifest(folder, **describe_run(recipe, world_size))
+
+
+def _check_same(folder: Path, before: Any, now: Any) -> None:
+    changed = sorted(_differences(before, now))
+    if changed:
+        shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+        raise RunError(
+            f"{folder} holds a run of another recipe (differs in {shown}); give this one another name (name=...), or "
+            "remove the folder"
+        )
+
+
+def _check_world_size(recipe: Recipe, world_size: int) -> None:
+    """A checkpoint holds the state of every rank, so the stage that it belongs to needs as many again."""
+    before = read_manifest(recipe.run_folder).get("world_size", world_size)
+    for name in recipe.stages:
+        folder = recipe.stage_folder(name)
+        begun = not (folder / RESULT_FILE).is_file() and StageRun(folder).last_checkpoint() is not None
+        if begun and before != world_size:
+            raise RunError(
+                f"stage '{name}' was begun with {before} processes and cannot go on with {world_size}: start "
+                f"{before} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
+            )
+    if before != world_size:
+        write_manifest(recipe.run_folder, world_size=world_size)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> set[str]:
@@ -124,7 +175,7 @@ def _differences(before: Any, now: Any, path: str = "") -> set[str]:
     return set() if before == now else {path}
 
 
-def _print_results(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], report: Path) -> None:
+def _print_results(recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> None:
     console = Console()
     table = Table("stage", "updates", "held-out start", "held-out end", "step AUC", "minutes", box=None)
     for name, result in results.items():
@@ -137,7 +188,7 @@ def _print_results(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], rep
             _shown(result.get("minutes")),
         )
     console.print(table)
-    console.print(f"report: {report}", soft_wrap=True)
+    console.print(f"report: {recipe.run_folder / REPORT_FILE}", soft_wrap=True, markup=False)
 
 
 def _shown(value: Any) -> str:

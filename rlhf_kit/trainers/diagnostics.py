@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ class RolloutLog:
         config: Ppo,
         tokenizer: PreTrainedTokenizerBase,
         ranks: Ranks,
-        log_samples: Callable[[int, list[dict[str, Any]]], None] | None,
+        log_samples: Callable[[int, list[dict[str, Any]]], object] | None,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
@@ -211,7 +212,7 @@ def _deviation(values: Tensor) -> Tensor:
 def _cover(labels: list[tuple[int, int, bool]], text: str) -> list[tuple[int, int]]:
     """The labelled steps, each from the end of the one before, and what is left of the text as the last."""
     ends = [0, *(end for _, end, _ in labels)]
-    steps = list(zip(ends, ends[1:], strict=False))
+    steps = list(pairwise(ends))
     return steps if ends[-1] == len(text) else [*steps, (ends[-1], len(text))]
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.loading import holds_adapter, load_model
+from rlhf_kit.rewards.implicit_prm import ImplicitPrm
+
+if TYPE_CHECKING:
+    from rlhf_kit.trainers.ppo import PpoTrainer
 
 KIT_MODULES = re.compile(r"^(base_model\.model\.)?(critic|prm)\.")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -69,3 +73,15 @@ def _write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], ada
 def write_prm_record(folder: Path, beta: float, reference: str) -> None:
     """What a PRM's log-probabilities are compared with, beside its weights."""
     (folder / "prm.json").write_text(json.dumps({"beta": beta, "reference": reference}, indent=2), encoding="utf-8")
+
+
+def export_sources(trainer: PpoTrainer, folder: Path) -> None:
+    """Write what online PRMs have learnt, each as a model or adapter that loads on its own."""
+    for config, source in zip(trainer.scoring.configs, trainer.scoring.sources, strict=True):
+        if not (isinstance(source, ImplicitPrm) and source.trainable_parameters()):
+            continue
+        target = folder / ("prm" if config.source_name == config.type else config.source_name)
+        if trainer.accelerator.is_main_process:
+            adapter = config.source_name if isinstance(source.scorer.model, PeftModel) else "default"
+            write_model(source.scorer.model, target, trainer.processing_class, adapter=adapter)
+            write_prm_record(target, source.config.beta, getattr(trainer.config.model, "path", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,18 +12,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
-from rlhf_kit.credit.implicit import implicit_rewards, outcome_cross_entropy
 from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
-from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.adapters import active_adapter
 from rlhf_kit.models.critic import CriticModel, ValueHead, add_critic, values_of_completion
@@ -36,12 +34,13 @@ from rlhf_kit.rollout import Rollout, Text
 from rlhf_kit.trainers.assign import Episode, WeightedRewards, assign_credit
 from rlhf_kit.trainers.config import Critic, Ppo
 from rlhf_kit.trainers.diagnostics import RolloutLog
-from rlhf_kit.trainers.export import write_model, write_prm_record
+from rlhf_kit.trainers.losses import joint_prm_loss_of, kl_of, value_loss_of
 from rlhf_kit.trainers.ppo_state import load_state, save_state
 from rlhf_kit.trainers.resampling import Resampler
-from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets
+from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets, truncated_rows
 from rlhf_kit.trainers.scoring import Scores, Scoring
-from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, Generated, Row, is_finite
+from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, Generated, Row
+from rlhf_kit.trainers.update_guard import UpdateGuard
 
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 
@@ -69,7 +68,7 @@ class PpoTrainer(CreditTrainer):
         eval_dataset: Dataset | None = None,
         functions: Mapping[str, Callable[..., Any]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        log_samples: Callable[[int, list[dict[str, Any]]], None] | None = None,
+        log_samples: Callable[[int, list[dict[str, Any]]], object] | None = None,
     ) -> None:
         self.config = config
         names = [source.source_name for source in config.rewards]
@@ -83,7 +82,7 @@ class PpoTrainer(CreditTrainer):
             reward_names=names,
         )
         self.ranks = Ranks(self.accelerator)
-        policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        policy: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         context = BuildContext(self.model, config.model, self.temperature, self.accelerator.device, functions or {})
         sources = [source.build(context) for source in config.rewards]
         if config.stop_strings and not self.use_vllm:
@@ -103,9 +102,8 @@ class PpoTrainer(CreditTrainer):
             add_critic(policy, self._critic(self.critic_config, policy))
         self.joint_prm = self._join_prm(policy)
         self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
-        self.skipped_updates = 0
+        self.guard = UpdateGuard(config.max_skipped_steps, self.ranks)
         self.evaluations: list[tuple[int, float]] = []
-        self._window = {"broken": False, "live": 0.0}
 
     # -- rollout ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +139,7 @@ class PpoTrainer(CreditTrainer):
         """Score the rollout by every source and put the advantages of its tokens into the batch."""
         rollout = self._rollout(batch, rows, prompts, completions)
         rollout = replace(rollout, offsets=rollout_offsets(self.processing_class, rollout))
-        truncated = self._truncated(rollout)
+        truncated = truncated_rows(rollout, self.eos_token_ids, self.config.stop_strings)
         with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
             rollout, state_values = self._add_log_probs(rollout)
             scores = self.scoring.score_outcomes(rollout)
@@ -211,7 +209,7 @@ class PpoTrainer(CreditTrainer):
             if kl.where == "reward":
                 rewards.append(WeightedRewards("kl", "process", -self.kl_coefficient * penalty))
             per_completion = penalty.sum().item() / max(int(live.any(dim=1).sum()), 1)
-            if kl.target is not None:
+            if kl.target is not None and math.isfinite(per_completion):
                 control = AdaptiveKl(self.kl_coefficient, kl.target, kl.adaptation_horizon)
                 self.kl_coefficient = control.update(per_completion, len(live))
         if self.config.truncation.policy == "penalty":
@@ -248,16 +246,7 @@ class PpoTrainer(CreditTrainer):
             live = rollout.action_mask & valid[:, None]
             batch["tool_mask"] = live.to(batch["completion_mask"].dtype)
         live_tokens = (rollout.action_mask & valid[:, None]).sum()
-        batch["num_items_in_batch"] = self.accelerator.gather(live_tokens).sum()
-
-    def _truncated(self, rollout: Rollout) -> Tensor:
-        """(B,) rows that reached the length limit without an end-of-sequence token or a stop string."""
-        lengths = rollout.completion_mask.sum(dim=1)
-        last = rollout.completion_ids.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
-        ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
-        texts = [completion_text(completion) for completion in rollout.completions]
-        stopped = [any(text.endswith(stop) for stop in self.config.stop_strings) for text in texts]
-        return ~ended & ~torch.tensor(stopped, device=last.device) & (lengths > 0)
+        batch["num_items_in_batch"] = self.ranks.sum(live_tokens)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -270,43 +259,28 @@ class PpoTrainer(CreditTrainer):
         return {name: True for name, wanted in options.items() if wanted}
 
     def auxiliary_loss(self, output: Any, batch: Batch) -> Tensor | None:
-        """Clipped value loss and KL in the loss, each a mean over the live tokens of the whole rollout."""
+        """Value loss, KL in the loss and a joint PRM's loss; those on tokens share the policy loss's token count."""
         mask = batch["completion_mask"].bool()
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
-        self._window["live"] += float(mask.sum())
-        # TRL's own normaliser of `dapo`: the token count of all ranks, scaled to one accumulation window.
-        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        self.guard.add_live_tokens(mask)
+        tokens = self.tokens_per_update(batch)
         losses = []
         if self.critic_config is not None:
-            values = values_of_completion(output.state_values, mask.shape[1])
-            loss = value_loss(values, batch["old_values"], batch["returns"], self.critic_config.clip)
-            total = masked_by(mask, loss).sum() / tokens
-            self.log_metric("value/loss", total.item())
-            losses.append(self.critic_config.coefficient * total)
+            loss = value_loss_of(output, batch, mask, self.critic_config.clip) / tokens
+            self.log_metric("value/loss", loss.item())
+            losses.append(self.critic_config.coefficient * loss)
         if "reference_logprobs" in batch:
-            log_probs = output.log_probs[:, -mask.shape[1] :].float()
-            penalty = kl_penalty(log_probs, batch["reference_logprobs"], self.config.credit.kl.estimator)
-            scale = self.kl_coefficient * self.policy_loss_scale()
-            losses.append(scale * masked_by(mask, penalty).sum() / tokens)
+            penalty = kl_of(output, batch, mask, self.config.credit.kl.estimator) / tokens
+            losses.append(self.kl_coefficient * self.policy_loss_scale() * penalty)
         if self.joint_prm is not None:
-            losses.append(self._joint_prm_loss(output, batch, mask))
+            loss = joint_prm_loss_of(output, batch, mask, self.joint_prm.config.beta)
+            if self.first_pass_over_rollout:
+                self.log_metric(f"prm/{self.joint_prm.name}/loss", loss.item())
+            # In later passes the PRM's parameters stay in the graph: DDP waits for the gradient of each.
+            scale = float(self.first_pass_over_rollout) / self.current_gradient_accumulation_steps
+            losses.append(loss * scale)
         return torch.stack(losses).sum() if losses else None
-
-    def _joint_prm_loss(self, output: Any, batch: Batch, mask: Tensor) -> Tensor:
-        """The PRM's cross-entropy, mean over live rows; 0 after the first epoch over the rollout."""
-        assert self.joint_prm is not None
-        log_probs = output.prm_log_probs[:, -mask.shape[1] :]
-        rewards = implicit_rewards(log_probs, batch["prm_reference"], mask, self.joint_prm.config.beta)
-        rows = outcome_cross_entropy(rewards, batch["prm_labels"], batch["prm_offsets"])
-        live = mask.any(dim=1)
-        loss = masked_by(live, rows).sum() / live.sum().clamp(min=1) / self.current_gradient_accumulation_steps
-        if self.first_pass_over_rollout:
-            self.log_metric(f"prm/{self.joint_prm.name}/loss", loss.item() * self.current_gradient_accumulation_steps)
-            return loss
-        # The PRM's parameters stay in the graph: DDP waits for the gradient of each.
-        return loss * 0.0
 
     def policy_loss_scale(self) -> float:
         return 0.0 if self._critic_warms_up() else 1.0
@@ -322,45 +296,17 @@ class PpoTrainer(CreditTrainer):
         return self.critic_config is not None and self.state.global_step < self.critic_config.warmup_steps
 
     def update_is_sound(self, loss: Tensor | None, grad_norm: float | None) -> bool:
-        """A loss or gradient that is not finite on any rank, or a window without a live token, is not applied."""
         if loss is not None:
-            broken = self.ranks.sum((~torch.isfinite(loss.detach())).float().reshape(1)).item() > 0
-            self._window["broken"] = bool(self._window["broken"]) or broken
-            return not broken
-        live = self.ranks.sum(torch.tensor([self._window["live"]], device=self.accelerator.device)).item()
-        broken = bool(self._window["broken"]) or not is_finite(grad_norm)
-        self._window = {"broken": False, "live": 0.0}
-        if broken:
-            self.skipped_updates += 1
-            if self.skipped_updates > self.config.max_skipped_steps:
-                raise RunError(
-                    f"{self.skipped_updates} updates were skipped because the loss or its gradient was not finite "
-                    f"(step {self.state.global_step}, gradient norm {grad_norm}); lower the learning rate or clip "
-                    "more (max_grad_norm), look for extreme rewards in metrics.jsonl, or raise max_skipped_steps"
-                )
-        self.log_metric("skipped_steps", float(self.skipped_updates))
-        self.log_metric("empty_steps", float(live == 0))
-        return not broken and live > 0
+            return self.guard.loss_is_finite(loss)
+        verdict = self.guard.close_window(grad_norm, self.state.global_step)
+        self.log_metric("skipped_steps", float(self.guard.skipped))
+        self.log_metric("empty_steps", float(verdict == "empty"))
+        return verdict == "sound"
 
     @property
     def last_evaluated(self) -> int | None:
         """The step of the last evaluation."""
         return self.evaluations[-1][0] if self.evaluations else None
-
-    def export_sources(self, folder: Path) -> None:
-        """Write what online PRMs have learnt, each as a model or adapter that loads on its own."""
-        for config, source in zip(self.scoring.configs, self.scoring.sources, strict=True):
-            if isinstance(source, ImplicitPrm) and source.trainable_parameters():
-                target = folder / ("prm" if config.source_name == config.type else config.source_name)
-                if self.accelerator.is_main_process:
-                    shared = isinstance(source.scorer.model, PeftModel)
-                    write_model(
-                        source.scorer.model,
-                        target,
-                        self.processing_class,
-                        adapter=config.source_name if shared else "default",
-                    )
-                    write_prm_record(target, source.config.beta, self.config.model.path)
 
     def save_kit_state(self, folder: Path) -> None:
         save_state(self, folder)
@@ -415,7 +361,7 @@ class PpoTrainer(CreditTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out accuracy by greedy decoding."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         assert self.config.evaluation is not None
         training = self.model.training
         with self.eval_mode_generation() as model:
@@ -453,17 +399,3 @@ class _FollowPolicy(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._average.update()
-
-
-def value_loss(
-    values: Float[Tensor, "B T"],
-    old_values: Float[Tensor, "B T"],
-    returns: Float[Tensor, "B T"],
-    clip: float | None,
-) -> Float[Tensor, "B T"]:
-    """`0.5 * max((V - R)^2, (clip(V, V_old +- clip) - R)^2)` (Schulman et al., arXiv 1707.06347; clipping as in PPO2)."""
-    plain = (values - returns) ** 2
-    if clip is None:
-        return 0.5 * plain
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum(plain, (clipped - returns) ** 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def save_state(trainer: PpoTrainer, folder: Path) -> None:
     """Write the kit's state into `folder`."""
     state = {
         "kl_coefficient": trainer.kl_coefficient,
-        "skipped_updates": trainer.skipped_updates,
+        "skipped_updates": trainer.guard.skipped,
         "evaluations": trainer.evaluations,
         "scales": {name: scale.state_dict() for name, scale in trainer.scoring.scales.items()},
     }
@@ -45,7 +46,7 @@ def load_state(trainer: PpoTrainer, folder: Path) -> None:
     """Read back what `save_state` wrote."""
     state = json.loads((folder / STATE_FILE).read_text())
     trainer.kl_coefficient = state["kl_coefficient"]
-    trainer.skipped_updates = state["skipped_updates"]
+    trainer.guard.skipped = state["skipped_updates"]
     trainer.evaluations = [(step, accuracy) for step, accuracy in state["evaluations"]]
     for name, scale in state["scales"].items():
         trainer.scoring.scales[name].load_state_dict(scale)
@@ -68,5 +69,5 @@ def _critic(trainer: PpoTrainer) -> Any:
     return getattr(policy, "critic", None)
 
 
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_kit.credit.implicit import implicit_rewards, log_odds, outcome_cross_entropy
+from rlhf_kit.data.config import DataConfig
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.outcomes import OutcomeRows, collate_outcomes, encode_outcomes
+from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import auc
 from rlhf_kit.models.adapters import active_adapter
+from rlhf_kit.models.config import Scratch
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, token_outputs
 from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.export import export_model, write_prm_record
 from rlhf_kit.trainers.sampling import sample_completions
 from rlhf_kit.trainers.setup import StageRun, build_args, train
+from rlhf_kit.trainers.step_detection import detect_first_errors
+
+PAIR = ("prompt", "chosen", "rejected")
+LABELLED = ("prompt", "completion", "label")
 
 
 def run_reward(stage: Reward, run: StageRun) -> dict[str, Any]:
-    """Train the PRM, write `model/` with `prm.json`, and return the stage's results."""
-    build = {"ce": _ce_trainer, "dpo": _paired_trainer, "nca": _paired_trainer, "kto": _kto_trainer}
-    trainer, reference_path = build[stage.objective](stage, run)
+    """Train the PRM, write `model/` with `prm.json`, and return the stage's results.
+
+    Raises:
+        RunError: nothing says what the PRM is to be compared with, or its data lack a column.
+    """
+    reference_path = _reference_path(stage)
+    tokenizer = load_tokenizer(stage.model)
+    build = {"ce": _ce_trainer, "dpo": _dpo_trainer, "nca": _dpo_trainer, "kto": _kto_trainer}
+    trainer, reference = build[stage.objective](stage, run, tokenizer)
     train(trainer, run)
     export_model(trainer, run.folder / "model")
     if trainer.is_world_process_zero():
         write_prm_record(run.folder / "model", stage.beta, reference_path)
     results: dict[str, Any] = {"updates": trainer.state.global_step}
-    if isinstance(trainer, OutcomeTrainer):
-        results |= trainer.held_out()
+    prm = TrainedPrm(trainer, reference, stage.beta, tokenizer)
+    if stage.eval_data is not None:
+        results |= held_out(prm, _encoded(stage, stage.eval_data, tokenizer), trainer.args.per_device_eval_batch_size)
+        trainer.log({f"eval_{name}": value for name, value in results.items() if name != "updates"})
     if stage.step_evaluation is not None:
-        from rlhf_kit.trainers.step_detection import detect_first_errors
-
-        results["step_detection"] = detect_first_errors(stage, trainer, load_tokenizer(stage.model), run.folder)
-    if results.keys() - {"updates"}:
-        trainer.log({f"eval_{k}": v for k, v in results.items() if isinstance(v, float)})
+        folder = run.folder if trainer.is_world_process_zero() else None
+        results["step_detection"] = detect_first_errors(stage, prm.token_rewards, tokenizer, folder)
     return results
+
+
+def token_rewards(model: nn.Module, reference: Scorer, rows: OutcomeRows, beta: float) -> Float[Tensor, "B T"]:
+    """`beta * (log phi - log ref)` of a collated batch's completions; gradients flow to `model`."""
+    ids = (rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"])
+    (log_probs,) = token_outputs(model, *ids, micro_batch_size=len(ids[0]))
+    with torch.no_grad():
+        (reference_log_probs,) = reference.outputs(*ids, micro_batch_size=len(ids[0]))
+    return implicit_rewards(log_probs, reference_log_probs, rows["completion_mask"], beta)
 
 
 class OutcomeTrainer(Trainer):
@@ -54,83 +78,95 @@ class OutcomeTrainer(Trainer):
     arXiv 2412.01981, Eq. 5, with an optional offset (`Reward.offset`).
     """
 
-    def __init__(
-        self, *, stage: Reward, reference: Scorer, held_out_data: Dataset | None, tokenizer: Any, **kwargs: Any
-    ) -> None:
-        super().__init__(processing_class=tokenizer, **kwargs)
-        self.stage = stage
+    def __init__(self, *, reference: Scorer, beta: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.reference = reference
-        self.held_out_data = held_out_data
+        self.beta = beta
         self.model_accepts_loss_kwargs = False
-
-    def token_rewards(self, model: nn.Module, rows: OutcomeRows) -> Tensor:
-        """Token rewards (B, T) of a collated batch."""
-        arguments = (rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"])
-        (log_probs,) = token_outputs(model, *arguments, micro_batch_size=len(rows["label"]))
-        with torch.no_grad():
-            (reference,) = self.reference.outputs(*arguments, micro_batch_size=len(rows["label"]))
-        return implicit_rewards(log_probs, reference, rows["completion_mask"], self.stage.beta)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        rewards = self.token_rewards(model, inputs)
+        """Mean loss of a collated batch, and the summed rewards (B,) if `return_outputs`."""
+        # The reference is not what accelerate has wrapped, and must compute in the same precision all the same.
+        with self.accelerator.autocast():
+            rewards = token_rewards(model, self.reference, inputs, self.beta)
         loss = outcome_cross_entropy(rewards, inputs["label"], inputs["offset"]).mean()
-        return (loss, {"rewards": rewards}) if return_outputs else loss
+        return (loss, {"scores": rewards.sum(dim=1)}) if return_outputs else loss
+
+
+class TrainedPrm:
+    """The PRM that a trainer holds, as a scorer of rows of `encode_row`."""
+
+    def __init__(self, trainer: Trainer, reference: Scorer, beta: float, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._accelerator = trainer.accelerator
+        self._model = cast(nn.Module, trainer.accelerator.unwrap_model(trainer.model))
+        self._reference = reference
+        self._beta = beta
+        self._pad = cast(int, tokenizer.pad_token_id)
 
     @torch.no_grad()
-    def held_out(self) -> dict[str, float]:
-        """Loss, and area under the ROC curve of the summed reward, on the held-out rows."""
-        if self.held_out_data is None:
-            return {}
-        model = self.accelerator.unwrap_model(self.model).eval()
-        scores, labels, losses = [], [], []
-        for start in range(0, len(self.held_out_data), self.args.per_device_eval_batch_size):
-            rows = self.held_out_data[start : start + self.args.per_device_eval_batch_size]
-            batch = self._prepare_inputs(self.data_collator([dict(zip(rows, v)) for v in zip(*rows.values())]))
-            rewards = self.token_rewards(model, batch)
-            losses += outcome_cross_entropy(rewards, batch["label"], batch["offset"]).tolist()
-            scores += rewards.sum(dim=1).tolist()
-            labels += batch["label"].tolist()
-        area = auc(
-            [s for s, label in zip(scores, labels, strict=True) if label >= 0.5],
-            [s for s, label in zip(scores, labels, strict=True) if label < 0.5],
+    def token_rewards(self, rows: Sequence[Mapping[str, Any]]) -> Float[Tensor, "B T"]:
+        """Token rewards of each row's completion, right-padded with 0."""
+        batch = collate_outcomes(rows, self._pad)
+        on_device = {name: tensor.to(self._accelerator.device) for name, tensor in batch.items()}
+        with self._accelerator.autocast():
+            return token_rewards(self._model.eval(), self._reference, on_device, self._beta).cpu()
+
+
+def held_out(prm: TrainedPrm, data: Dataset, batch_size: int) -> dict[str, float]:
+    """Cross-entropy, and area under the ROC curve, of the summed rewards of labelled rows."""
+    scores: list[float] = []
+    losses: list[float] = []
+    for start in range(0, len(data), batch_size):
+        rows = data.select(range(start, min(start + batch_size, len(data)))).to_list()
+        rewards = prm.token_rewards(rows)
+        labels, offsets = (torch.tensor([row[name] for row in rows]) for name in ("label", "offset"))
+        losses += outcome_cross_entropy(rewards, labels, offsets).tolist()
+        scores += rewards.sum(dim=1).tolist()
+    right = [score for score, label in zip(scores, data["label"], strict=True) if label >= 0.5]
+    wrong = [score for score, label in zip(scores, data["label"], strict=True) if label < 0.5]
+    area = auc(right, wrong)
+    return {"loss": sum(losses) / len(losses)} | ({"outcome_auc": area} if area is not None else {})
+
+
+# --- data ---
+
+
+def _load(stage: Reward, config: DataConfig) -> Dataset:
+    """The columns that the objective learns from."""
+    data = load_data(config, sample_completions)
+    columns = PAIR if stage.objective in ("dpo", "nca") else LABELLED
+    missing = [name for name in columns if name not in data.column_names]
+    if missing:
+        raise RunError(
+            f"objective {stage.objective} learns from {', '.join(columns)}, and the data have no "
+            f"{' and no '.join(missing)}, only {', '.join(data.column_names)}: name them in `columns` of the data"
         )
-        return {"loss": sum(losses) / len(losses)} | ({"outcome_auc": area} if area is not None else {})
+    return data.select_columns(list(columns))
 
 
-def _ce_trainer(stage: Reward, run: StageRun) -> tuple[Trainer, str]:
-    args = build_args(TrainingArguments, run, stage.trainer.args, remove_unused_columns=False)
-    set_seed(args.seed)
-    model, tokenizer = _prm(stage), load_tokenizer(stage.model)
-    encode = partial(_encoded, stage=stage, tokenizer=tokenizer)
-    trainer = OutcomeTrainer(
-        stage=stage,
-        reference=_reference(stage, model, args.device),
-        held_out_data=encode(load_data(stage.eval_data, sample_completions)) if stage.eval_data else None,
-        tokenizer=tokenizer,
-        model=model,
-        args=args,
-        train_dataset=encode(load_data(stage.data, sample_completions)),
-        data_collator=partial(collate_outcomes, pad_token_id=tokenizer.pad_token_id),
-        callbacks=list(run.callbacks),
-    )
-    return trainer, _reference_path(stage)
-
-
-def _encoded(data: Dataset, stage: Reward, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _encoded(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Labelled rows as token ids, with their offsets; a pair gives a right and a wrong row."""
+    data = cast(Iterable[dict[str, Any]], _load(stage, config))
+    if stage.objective in ("dpo", "nca"):
+        data = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in data
+            for name in ("chosen", "rejected")
+        ]
     rows = encode_outcomes(data, tokenizer)
-    labels = torch.tensor(rows["label"])
+    labels = torch.tensor(rows["label"][:])
     if stage.offset == "none":
         offsets = torch.zeros(len(rows))
     elif stage.offset == "running":
         offsets = log_odds(labels.mean()).expand(len(rows))
     else:
-        offsets = log_odds(_peer_rates(rows["prompt_ids"], labels))
-    return rows.add_column("offset", offsets.tolist())
+        offsets = log_odds(peer_rates(rows["prompt_ids"][:], labels))
+    return cast(Any, rows).add_column("offset", offsets.tolist())
 
 
-def _peer_rates(prompts: list[list[int]], labels: Tensor) -> Tensor:
+def peer_rates(prompts: Sequence[Sequence[int]], labels: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     """Success rate of the other rows of the same prompt; 1/2 for a prompt of one row."""
     index: dict[tuple[int, ...], int] = {}
     group = torch.tensor([index.setdefault(tuple(prompt), len(index)) for prompt in prompts])
@@ -140,57 +176,89 @@ def _peer_rates(prompts: list[list[int]], labels: Tensor) -> Tensor:
     return torch.where(others > 0, (totals[group] - labels) / others.clamp(min=1), 0.5)
 
 
-def _prm(stage: Reward) -> PreTrainedModel | PeftModel:
+# --- trainers ---
+
+
+def _ce_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Trainer, Scorer]:
+    args = build_args(TrainingArguments, run, stage.trainer.args, remove_unused_columns=False, label_names=["label"])
+    set_seed(args.seed)
     model = load_model(stage.model)
-    disable_dropout_in_model(model)
-    add_log_prob_head(model.get_base_model() if isinstance(model, PeftModel) else model)
-    model.config.use_cache = False
-    return model
+    disable_dropout_in_model(cast(nn.Module, model))
+    add_log_prob_head(model)
+    base = isinstance(model, PeftModel) and stage.reference is None
+    reference = _base(cast(PeftModel, model)) if base else _frozen(stage, args.device)
+    evaluates = stage.eval_data is not None and args.eval_strategy != "no"
+    trainer = OutcomeTrainer(
+        reference=reference,
+        beta=stage.beta,
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=_encoded(stage, stage.data, tokenizer),
+        eval_dataset=_encoded(stage, stage.eval_data, tokenizer) if stage.eval_data and evaluates else None,
+        data_collator=partial(collate_outcomes, pad_token_id=cast(int, tokenizer.pad_token_id)),
+        callbacks=list(run.callbacks),
+    )
+    return trainer, reference
 
 
-def _reference(stage: Reward, model: PreTrainedModel | PeftModel, device: torch.device) -> Scorer:
-    """The PRM's base with LoRA, unless another reference is named; else a frozen copy."""
-    if isinstance(model, PeftModel) and stage.reference is None:
-        return Scorer(model, [], partial(active_adapter, model, None))
-    frozen = load_model((stage.reference or stage.model).model_copy(update={"peft": None})).requires_grad_(False)
-    add_log_prob_head(frozen)
-    return Scorer(frozen.eval().to(device), [], nullcontext)
-
-
-def _reference_path(stage: Reward) -> str:
-    config = stage.reference or stage.model
-    return getattr(config, "path", "")
-
-
-def _paired_trainer(stage: Reward, run: StageRun) -> tuple[Trainer, str]:
+def _dpo_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Trainer, Scorer]:
     loss = {"dpo": "sigmoid", "nca": "nca_pair"}[stage.objective]
-    return _trl_trainer(stage, run, DPOTrainer, DPOConfig, ("prompt", "chosen", "rejected"), loss_type=[loss])
+    return _trl_trainer(stage, run, tokenizer, DPOTrainer, DPOConfig, loss_type=[loss])
 
 
-def _kto_trainer(stage: Reward, run: StageRun) -> tuple[Trainer, str]:
-    return _trl_trainer(stage, run, KTOTrainer, KTOConfig, ("prompt", "completion", "label"))
+def _kto_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Trainer, Scorer]:
+    return _trl_trainer(stage, run, tokenizer, KTOTrainer, KTOConfig)
 
 
 def _trl_trainer(
     stage: Reward,
     run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
     trainer_class: Callable[..., Trainer],
     config_class: type[TrainingArguments],
-    columns: tuple[str, ...],
     **defaults: Any,
-) -> tuple[Trainer, str]:
+) -> tuple[Trainer, Scorer]:
+    """TRL's trainer, whose model carries the head of `add_log_prob_head` once it is built."""
     args = build_args(config_class, run, stage.trainer.args, beta=stage.beta, **defaults)
     set_seed(args.seed)
     model = load_model(stage.model)
-    reference = None
-    if stage.reference is not None or not isinstance(model, PeftModel):
-        reference = load_model((stage.reference or stage.model).model_copy(update={"peft": None}))
+    shared = isinstance(model, PeftModel) and stage.reference is None
+    evaluates = stage.eval_data is not None and args.eval_strategy != "no"
+    frozen = None if shared else _frozen(stage, args.device, head=False)
     trainer = trainer_class(
         model=model,
-        ref_model=reference,
+        ref_model=None if frozen is None else frozen.model,
         args=args,
-        train_dataset=load_data(stage.data, sample_completions).select_columns(list(columns)),
-        processing_class=load_tokenizer(stage.model),
+        train_dataset=_load(stage, stage.data),
+        eval_dataset=_load(stage, stage.eval_data) if stage.eval_data and evaluates else None,
+        processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )
-    return trainer, _reference_path(stage)
+    return trainer, _base(cast(PeftModel, model)) if frozen is None else frozen
+
+
+# --- reference ---
+
+
+def _base(model: PeftModel) -> Scorer:
+    """The PRM without its adapter."""
+    return Scorer(model, [], partial(active_adapter, model, None))
+
+
+def _frozen(stage: Reward, device: torch.device, head: bool = True) -> Scorer:
+    """A model of its own; TRL's trainers add the head themselves."""
+    model = load_model((stage.reference or stage.model).model_copy(update={"peft": None}))
+    if head:
+        add_log_prob_head(model)
+    return Scorer(cast(nn.Module, model).requires_grad_(False).eval().to(device), [])
+
+
+def _reference_path(stage: Reward) -> str:
+    reference = stage.reference or stage.model
+    if isinstance(reference, Scratch):
+        raise RunError(
+            "an implicit PRM is compared with the weights that it starts from, and those of a model from scratch are "
+            "lost: train it by an sft stage first, or set `reference`"
+        )
+    return reference.path

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit.spans import token_offsets
+from rlhf_kit.data.messages import completion_text
 from rlhf_kit.rollout import CharRange, Rollout, Text
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -58,6 +60,16 @@ def rollout_offsets(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> lis
     return offsets
 
 
+def truncated_rows(rollout: Rollout, eos_token_ids: Sequence[int], stop_strings: tuple[str, ...]) -> Bool[Tensor, "B"]:
+    """Rows that reached the length limit: without an end-of-sequence token or a stop string at their end."""
+    lengths = rollout.completion_mask.sum(dim=1)
+    last = rollout.completion_ids.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    ended = torch.isin(last, torch.tensor(list(eos_token_ids), device=last.device))
+    texts = [completion_text(completion) for completion in rollout.completions]
+    stopped = torch.tensor([bool(stop_strings) and text.endswith(stop_strings) for text in texts], device=last.device)
+    return ~ended & ~stopped & (lengths > 0)
+
+
 class Ranks:
     """The rows of all ranks, in the order of the data: rank 0's first."""
 
@@ -69,8 +81,8 @@ class Ranks:
         if self._accelerator.num_processes == 1:
             return tensor
         if tensor.ndim > 1:
-            tensor = self._accelerator.pad_across_processes(tensor, dim=1)
-        return self._accelerator.gather(tensor)
+            tensor = cast(Tensor, self._accelerator.pad_across_processes(tensor, dim=1))
+        return cast(Tensor, self._accelerator.gather(tensor))
 
     def own_rows(self, tensor: Tensor, like: Tensor) -> Tensor:
         """This rank's rows of an `all_rows` tensor, cut to the width of `like`."""
@@ -84,7 +96,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over ranks."""
-        return self._accelerator.reduce(tensor, reduction="sum")
+        return cast(Tensor, self._accelerator.reduce(tensor, reduction="sum"))
 
 
 def masked_by(mask: Tensor, values: Tensor) -> Tensor:

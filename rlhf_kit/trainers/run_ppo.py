@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import set_seed
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from rlhf_kit.data.load import load_data
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.trainers.config import Ppo
-from rlhf_kit.trainers.export import export_model
+from rlhf_kit.trainers.export import export_model, export_sources
 from rlhf_kit.trainers.ppo import PpoTrainer
 from rlhf_kit.trainers.setup import StageRun, build_args, train
 
@@ -26,8 +26,8 @@ def run_ppo(stage: Ppo, run: StageRun) -> dict[str, Any]:
     if evaluates and trainer.last_evaluated != trainer.state.global_step:
         trainer.evaluate()
     export_model(trainer, run.folder / "model")
-    trainer.export_sources(run.folder)
-    results |= {"updates": trainer.state.global_step, "skipped_updates": trainer.skipped_updates}
+    export_sources(trainer, run.folder)
+    results |= {"updates": trainer.state.global_step, "skipped_updates": trainer.guard.skipped}
     accuracies = trainer.evaluations
     if accuracies:
         results |= {"eval_accuracy_start": accuracies[0][1], "eval_accuracy": accuracies[-1][1]}

@@ -50,6 +50,7 @@ class RunningScale:
     def update(self, values: Float[Tensor, "N"]) -> float:
         """Take the values in; returns the standard deviation, or 1 while it is 0."""
         if len(values) > 0:
+            values = values.double()  # squares of large rewards overflow float32, and would stay in the estimate
             mean, size = values.mean().item(), len(values)
             total = self.count + size
             delta = mean - self.mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,11 @@ def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defau
     merged = {**kit, **defaults, **given, "output_dir": str(run.checkpoints)}
     if merged.get("fp16"):
         merged["bf16"] = False
-    if not torch.cuda.is_available() and "use_cpu" not in merged:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        # DeepSpeed on a CPU: without a backend each process takes itself for the only one, and with `use_cpu`
+        # accelerate falls back to plain data parallelism.
+        merged = {"ddp_backend": "gloo", **merged}
+    elif not torch.cuda.is_available() and "use_cpu" not in merged:
         merged["use_cpu"] = True
     try:
         return cls(**merged)

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit import sum_by_step
-from rlhf_kit.credit.spans import step_ids, token_offsets
 from rlhf_kit.data.messages import prompt_messages
-from rlhf_kit.data.outcomes import collate_outcomes, encode_row
+from rlhf_kit.data.outcomes import encode_row, render_row
 from rlhf_kit.evals.steps import Solution, baseline_scores, first_error_report, load_processbench
 from rlhf_kit.rollout import Text
 from rlhf_kit.trainers.config import Reward
 
+TokenScorer = Callable[[Sequence[Mapping[str, Any]]], Tensor]
+
 
 def detect_first_errors(
-    stage: Reward, trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
+    stage: Reward, token_rewards: TokenScorer, tokenizer: PreTrainedTokenizerBase, folder: Path | None
 ) -> dict[str, Any]:
     """ProcessBench's first-error F1 and the step AUC of the PRM, beside chance and baselines without a model.
 
-    The score of a step is the sum of its token rewards, `q[e_k] - q[e_{k-1}]` (arXiv 2412.01981, Eq. 4). Writes the
-    scores to `step_scores.jsonl`.
+    The score of a step is the sum of its token rewards, `q[e_k] - q[e_{k-1}]` (arXiv 2412.01981, Eq. 4);
+    `token_rewards` gives those (1, T) of one row of `encode_row`. Writes the scores to `step_scores.jsonl`.
     """
     assert stage.step_evaluation is not None
     config = stage.step_evaluation
     solutions = load_processbench(config.path, config.limit)
-    scores = step_scores(stage, trainer, tokenizer, solutions)
-    with (folder / "step_scores.jsonl").open("w") as file:
-        for solution, row in zip(solutions, scores, strict=True):
-            file.write(json.dumps({"problem": solution.problem, "label": solution.label, "scores": row}) + "\n")
+    scores = step_scores(stage, token_rewards, tokenizer, solutions)
+    if folder is not None:
+        with (folder / "step_scores.jsonl").open("w", encoding="utf-8") as file:
+            for solution, row in zip(solutions, scores, strict=True):
+                file.write(json.dumps({"problem": solution.problem, "label": solution.label, "scores": row}) + "\n")
     candidates = {"prm": scores, **baseline_scores(solutions)}
     reports = {
         name: first_error_report(solutions, rows, config.threshold_fraction) for name, rows in candidates.items()
@@ -43,43 +46,40 @@ def detect_first_errors(
     return {name: {**asdict(report), "f1": report.result.f1} for name, report in reports.items()}
 
 
-@torch.no_grad()
 def step_scores(
-    stage: Reward, trainer: Any, tokenizer: PreTrainedTokenizerBase, solutions: Sequence[Solution]
+    stage: Reward, token_rewards: TokenScorer, tokenizer: PreTrainedTokenizerBase, solutions: Sequence[Solution]
 ) -> list[list[float]]:
-    """Summed token reward of every step of every solution, by the model that the trainer holds."""
+    """Summed token reward of every step of every solution; a separator belongs to the step that it ends."""
     assert stage.step_evaluation is not None
     separator = stage.step_evaluation.separator
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
     scores = []
     for solution in solutions:
-        text = separator.join(solution.steps)
-        row = encode_row(tokenizer, _prompt(stage, solution.problem), text)
-        batch = trainer._prepare_inputs(collate_outcomes([row], tokenizer.pad_token_id))
-        rewards = trainer.token_rewards(model, batch)
-        scores.append(_sum_steps(rewards, row["completion_ids"], solution, separator, tokenizer))
+        prompt, completion = _prompt(stage, solution.problem), separator.join(solution.steps)
+        row = encode_row(tokenizer, prompt, completion)
+        _, rendered = render_row(tokenizer, prompt, completion)
+        steps = _step_of_tokens(tokenizer, rendered, completion, [*solution.steps], separator)
+        rewards = token_rewards([row])[:, : len(steps)]
+        sums = sum_by_step(rewards, torch.tensor([steps], device=rewards.device), len(solution.steps))
+        scores.append(sums[0].tolist())
     return scores
 
 
-def _sum_steps(
-    rewards: Tensor,
-    completion_ids: list[int],
-    solution: Solution,
-    separator: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[float]:
-    offsets = token_offsets(tokenizer, completion_ids)
-    decoded = tokenizer.decode(completion_ids, skip_special_tokens=True)
-    ends, end = [0], 0
-    for step in solution.steps:
-        end += len(step) + len(separator)
-        ends.append(min(end, len(decoded)))
-    segments = list(zip(ends, ends[1:], strict=False))
-    if ends[-1] < len(decoded):
-        segments.append((ends[-1], len(decoded)))
-    mask = torch.ones_like(rewards, dtype=torch.bool)
-    ids = step_ids([offsets], [segments], mask)
-    return sum_by_step(rewards, ids, len(segments))[0, : len(solution.steps)].tolist()
+def _step_of_tokens(
+    tokenizer: PreTrainedTokenizerBase, rendered: str, completion: str, steps: list[str], separator: str
+) -> list[int]:
+    """The step that holds the last character of each token of `rendered`; -1 for what the chat template adds."""
+    stripped = completion.strip()  # as many chat templates do
+    found_at = rendered.find(stripped)
+    if found_at < 0:
+        raise ValueError(f"the chat template changes an answer, so its steps cannot be found: {rendered[:160]!r}")
+    start = found_at - (len(completion) - len(completion.lstrip()))
+    ends = list(accumulate((len(step) + len(separator) for step in steps), initial=start))
+    ends[-1] = found_at + len(stripped)
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = cast(list[tuple[int, int]], encoded["offset_mapping"])
+    last = torch.tensor([end - 1 for _, end in offsets])
+    found = torch.bucketize(last, torch.tensor(ends), right=True) - 1
+    return torch.where(found < len(steps), found, -1).tolist()
 
 
 def _prompt(stage: Reward, problem: str) -> Text:

@@ -7,16 +7,16 @@ PEFT, DeepSpeed) stays as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlhf_kit.rollout import Text
 from rlhf_kit.trainers.export import without_kit_modules
@@ -48,8 +48,16 @@ class CreditTrainer(GRPOTrainer):
         update_is_sound: whether the accumulated gradient may be applied.
     """
 
+    # transformers declares these wider than GRPOTrainer keeps them.
+    args: GRPOConfig
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+    train_dataset: Any
+    num_generations: int
+
     def __init__(self, *args: Any, reward_names: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(*args, reward_funcs=[_placeholder(name) for name in reward_names], **kwargs)
+        super().__init__(*args, reward_funcs=cast(Any, [_placeholder(name) for name in reward_names]), **kwargs)
         self._texts: tuple[list[Text], list[Text]] = ([], [])
         self._prepared: Generated | None = None
 
@@ -127,12 +135,16 @@ class CreditTrainer(GRPOTrainer):
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             generation_kwargs=self.generation_kwargs,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            gradient_checkpointing_kwargs=self._checkpointing,
         )
+
+    @property
+    def _checkpointing(self) -> dict[str, Any] | None:
+        return cast("dict[str, Any] | None", self.args.gradient_checkpointing_kwargs)
 
     def without_checkpointing(self) -> AbstractContextManager[Any]:
         """Gradient checkpointing off, for passes without gradients."""
-        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        return disable_gradient_checkpointing(self.model, self._checkpointing)
 
     # -- loss and update --------------------------------------------------------------------------------------------
 
@@ -212,6 +224,11 @@ class CreditTrainer(GRPOTrainer):
             log.pop()
         log.extend(advantages)
 
+    def tokens_per_update(self, batch: Batch) -> Tensor:
+        """TRL's own normaliser of `dapo`: the token count of all ranks, scaled to one window of accumulation."""
+        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+
     @property
     def micro_step(self) -> int:
         """Forward and backward passes so far."""
@@ -220,7 +237,7 @@ class CreditTrainer(GRPOTrainer):
     @property
     def first_pass_over_rollout(self) -> bool:
         """True in the first of `num_iterations` passes over a rollout."""
-        steps = self.args.steps_per_generation
+        steps = cast(int, self.args.steps_per_generation)
         return self._step % (steps * self.num_iterations) < steps
 
 
@@ -240,8 +257,3 @@ def _unpadded(ids: list[int], pad: int, ended_by_stop_string: Callable[[list[int
     while end > 1 and ids[end - 1] == pad:
         end -= 1
     return ids[:end] if ended_by_stop_string(ids[:end]) else ids
-
-
-def is_finite(value: float | None) -> bool:
-    """True for a number that is neither NaN nor infinite."""
-    return value is None or math.isfinite(value)

@@ -68,7 +68,7 @@ def assert_rows(actual, expected):
     torch.testing.assert_close(actual, torch.where(MASK, torch.tensor(expected)[:, None], 0.0), rtol=1e-5, atol=1e-5)
 
 
-# -- the estimators -----------------------------------------------------------------------------------------------------
+# -- the estimators ----------------------------------------------------------------------------------------------------
 
 SCORES = [1.0, 4.0, 1.0, 0.0, 2.0, 7.0]
 
@@ -152,7 +152,7 @@ def test_min_form_credits_a_step_with_the_least_reward_to_come() -> None:
     torch.testing.assert_close(result.advantages, torch.where(mask, expected, 0.0))
 
 
-# -- shares -------------------------------------------------------------------------------------------------------------
+# -- shares ------------------------------------------------------------------------------------------------------------
 
 
 def test_shares_are_the_sizes_of_the_sources_contributions() -> None:
@@ -181,7 +181,7 @@ def test_without_rewards_every_share_is_0(estimator) -> None:
     assert result.shares == {"outcome": 0.0}
 
 
-# -- rows and tokens that do not count ----------------------------------------------------------------------------------
+# -- rows and tokens that do not count ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -231,7 +231,7 @@ def test_a_batch_with_invalid_groups_is_the_batch_without_them(estimator, fields
         assert not result.returns[3:].any()
 
 
-# -- rows that a source did not judge -----------------------------------------------------------------------------------
+# -- rows that a source did not judge ----------------------------------------------------------------------------------
 
 
 def test_a_row_that_a_source_did_not_judge_is_in_none_of_its_baselines() -> None:

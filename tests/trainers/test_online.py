@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from peft import PeftModel
-from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 LORA = {"peft": {"type": "lora", "r": 2, "alpha": 4}}
 WHOLE = {"peft": None}
@@ -50,7 +50,7 @@ def prm_of(trainer):
     return trainer.scoring.sources[1]
 
 
-# -- start --------------------------------------------------------------------------------------------------------------
+# -- start -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
@@ -76,7 +76,7 @@ def test_what_it_has_learnt_shows_in_the_same_rollout(train) -> None:
     assert {reward for row in rows for reward in row["rewards"]["implicit_prm"]} != {0.0}
 
 
-# -- learning -----------------------------------------------------------------------------------------------------------
+# -- learning ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
@@ -92,7 +92,7 @@ def test_its_loss_falls_on_a_fixed_rollout(peft, train) -> None:
     rate = outcomes.mean().item()
     assert 0 < rate < 1
     assert losses[0] == pytest.approx(-rate * math.log(rate) - (1 - rate) * math.log(1 - rate), abs=1e-5)
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.95 * losses[0]
 
 
@@ -147,7 +147,7 @@ def test_rows_without_an_outcome_are_no_failures(order, train, logged) -> None:
     assert entry["accuracy"] == pytest.approx(sum(known) / len(known))
 
 
-# -- whose weights ------------------------------------------------------------------------------------------------------
+# -- whose weights -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
@@ -180,8 +180,6 @@ def test_with_lora_policy_reference_and_prm_share_one_base_model(train, policy_p
     base = {key: p for key, p in parameters.items() if "lora_" not in key}
     assert len(base) + sum(map(len, adapters.values())) == len(parameters)
     assert len(adapters["default"]) == len(adapters["implicit_prm"]) == len(prm.trainable_parameters())
-    from transformers import AutoModelForCausalLM
-
     alone = AutoModelForCausalLM.from_pretrained(policy_path)
     assert sum(p.numel() for p in base.values()) == sum(p.numel() for p in alone.parameters())
     assert not any(parameter.requires_grad for parameter in base.values())
@@ -205,7 +203,9 @@ def test_adapters_learn_the_same_with_gradient_checkpointing(order, train, logge
         norms.append([{name: entry[name] for name in names & set(entry)} for entry in logged(trainer)])
     assert norms[0] == [pytest.approx(entry, rel=1e-5) for entry in norms[1]]
     for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name} {text}")
+        torch.testing.assert_close(
+            ends[1][name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name} {text}"
+        )
 
 
 @pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
@@ -230,9 +230,7 @@ def test_with_policy_one_optimiser_steps_both(peft, train, logged) -> None:
 
 
 def test_with_policy_it_learns_in_the_first_pass_over_a_rollout_only(train, logged) -> None:
-    trainer = train(
-        {"learning_rate": 1e-2, "order": "with_policy"}, args={"max_steps": 4, "num_iterations": 2}
-    )
+    trainer = train({"learning_rate": 1e-2, "order": "with_policy"}, args={"max_steps": 4, "num_iterations": 2})
     learnt = ["prm/implicit_prm/loss" in entry for entry in trainer.state.log_history if "grad_norm" in entry]
     assert learnt == [True, False, True, False]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlhf_kit.models.critic import values_of_completion
-from rlhf_kit.trainers.ppo import value_loss
+from rlhf_kit.trainers.losses import value_loss
 
 PRM = {"type": "implicit_prm", "beta": 0.3, "online": {"learning_rate": 1e-2}}
 
@@ -88,7 +89,7 @@ def test_every_estimator_trains(fields, build, logged) -> None:
     assert len(copies.states) == 3
 
 
-# -- critic -------------------------------------------------------------------------------------------------------------
+# -- critic ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])
@@ -149,7 +150,7 @@ def test_the_critic_learns_the_returns(build, logged) -> None:
     # At first every value is 0 and every return 1: the loss is a half.
     assert log[0]["value/loss"] == pytest.approx(0.5)
     assert log[0]["value/mean"] == 0
-    assert log[-1]["value/loss"] < 0.05
+    assert log[-1]["value/loss"] < 0.05  # a tenth
     assert log[-1]["value/mean"] == pytest.approx(1, abs=0.2)
 
 
@@ -224,3 +225,213 @@ def test_values_and_generation_are_those_of_the_plain_model(build, policy_path) 
 def test_value_loss(value, old, target, clip, expected) -> None:
     loss = value_loss(torch.tensor([[value]]), torch.tensor([[old]]), torch.tensor([[target]]), clip)
     assert loss.item() == pytest.approx(expected)
+
+
+# -- KL ---------------------------------------------------------------------------------------------------------------
+
+
+def sharpened(trainer):
+    """The trainer, its policy moved away from the reference."""
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    return trainer
+
+
+def log_probs(model, batch, temperature=1.0):
+    """Of the completions' tokens, from the plain logits."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1] / temperature
+    all_tokens = F.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return all_tokens[:, -batch["completion_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("peft", [None, {"type": "lora", "r": 2}], ids=["whole", "lora"])
+@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", False), ("float32", True)], ids=str)
+def test_at_the_start_the_kl_is_exactly_0(peft, dtype, bf16, build, logged) -> None:
+    trainer = build(
+        functions=FUNCTIONS,
+        rewards=[WORDS],
+        model={"peft": peft, "dtype": dtype},
+        credit={"kl": {"coefficient": 0.1, "estimator": "k2"}},
+        args={"max_steps": 2, "bf16": bf16},
+    )
+    trainer.train()
+    first, second = logged(trainer)
+    assert first["kl"] == 0.0
+    assert second["kl"] > 0
+    assert {value for row in trainer.samples[0] for value in row["kl"]} == {0.0}
+
+
+def test_kl_in_the_reward_is_a_source_of_its_own(build, logged, policy_path) -> None:
+    trainer = sharpened(
+        build(
+            functions=FUNCTIONS,
+            rewards=[WORDS],
+            credit={"estimator": "reinforce", "gamma": 0.9, "whiten": False, "kl": {"coefficient": 0.3}},
+            args={"max_steps": 1, "learning_rate": 1e-30, "temperature": 0.8},
+        )
+    )
+    trainer.train()
+    (batch,), (rows,) = trainer.batches, trainer.samples
+    reference = AutoModelForCausalLM.from_pretrained(policy_path)
+    with torch.no_grad():
+        kl = log_probs(trainer.model, batch, 0.8) - log_probs(reference, batch, 0.8)
+    live = batch["completion_mask"].bool()
+    assert kl[live].abs().mean() > 0.05
+    for row, by_hand, mask in zip(rows, kl, live, strict=True):
+        assert row["kl"] == pytest.approx(by_hand[mask].tolist(), abs=1e-5)
+
+    def centred_returns(rewards):
+        returns = []
+        for row in rewards:
+            future, row_returns = 0.0, []
+            for reward in reversed(row):
+                future = reward + 0.9 * future
+                row_returns.insert(0, future)
+            returns.append(row_returns)
+        flat = [value for row in returns for value in row]
+        return torch.tensor(flat) - sum(flat) / len(flat)
+
+    task = centred_returns([row["rewards"]["words"] for row in rows])
+    penalty = centred_returns([[-0.3 * value for value in row["kl"]] for row in rows])
+    torch.testing.assert_close(batch["advantages"][live], task + penalty, rtol=1e-4, atol=1e-5)
+    share = (penalty.abs().sum() / (penalty.abs().sum() + task.abs().sum())).item()
+    (entry,) = logged(trainer)
+    assert entry["credit/share/kl"] == pytest.approx(share, abs=1e-5)
+    assert entry["kl"] == pytest.approx(kl[live].mean().item(), abs=1e-5)
+    total = [sum(row["rewards"]["words"]) - 0.3 * sum(row["kl"]) for row in rows]
+    assert entry["reward"] == pytest.approx(sum(total) / len(total), abs=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_loss_adds_the_gradient_of_its_mean_over_the_rollouts_tokens(
+    estimator, build, weights, policy_path
+) -> None:
+    args = {
+        "max_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0,
+        "temperature": 0.8,
+    }
+    ends = []
+    for coefficient in (0.0, 0.3):
+        kl = {"coefficient": coefficient, "estimator": estimator, "where": "loss"}
+        # Some rows are dropped, and must be in no loss.
+        trainer = sharpened(
+            build(
+                functions={
+                    **FUNCTIONS,
+                    "outcome": lambda prompts, **_: [float(prompt[0] == "0") for prompt in prompts],
+                },
+                rewards=[WORDS, {"type": "function", "function": "outcome", "bounded": True}],
+                credit={"kl": kl},
+                accuracy_band={"low": 0.0, "high": 0.5},
+                args=args,
+            )
+        )
+        before = AutoModelForCausalLM.from_pretrained(policy_path)
+        before.load_state_dict(trainer.model.state_dict())
+        trainer.train()
+        ends.append(weights(trainer.model))
+    (batch,) = trainer.batches
+    assert len(batch["completion_ids"]) == 16
+    reference = AutoModelForCausalLM.from_pretrained(policy_path)
+    live = batch["completion_mask"].bool() & batch["tool_mask"].bool()
+    assert set(live.any(dim=1).tolist()) == {True, False}
+    difference = (log_probs(before, batch, 0.8) - log_probs(reference, batch, 0.8).detach())[live]
+    penalty = {
+        "k1": difference,
+        "k2": difference**2 / 2,
+        "k3": torch.exp(-difference) - 1 + difference,
+    }[estimator]
+    (0.3 * penalty.mean()).backward()
+    for name, parameter in before.named_parameters():
+        torch.testing.assert_close(ends[1][name] - ends[0][name], -parameter.grad, rtol=1e-3, atol=1e-5)
+    assert before.lm_head.weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("target", "error"), [(1e-4, 0.2), (1e4, -0.2)])
+def test_the_coefficient_follows_its_target(target, error, build, logged) -> None:
+    kl = {"coefficient": 0.1, "estimator": "k2", "target": target, "adaptation_horizon": 80}
+    trainer = sharpened(build(functions=FUNCTIONS, rewards=[WORDS], credit={"kl": kl}, args={"max_steps": 3}))
+    trainer.train()
+    # The error is clipped at 0.2, and 8 of 80 completions are a tenth of the horizon.
+    expected = [0.1 * (1 + error / 10) ** step for step in range(3)]
+    assert [entry["credit/kl_coefficient"] for entry in logged(trainer)] == pytest.approx(expected)
+
+
+def test_the_coefficient_follows_the_kl_of_a_completion(build, logged) -> None:
+    kl = {"coefficient": 0.1, "estimator": "k2", "target": 1.0, "adaptation_horizon": 80}
+    # Sampling takes no random numbers for the KL, so another target sees the same rollout.
+    trainer = sharpened(build(functions=FUNCTIONS, rewards=[WORDS], credit={"kl": kl}, args={"max_steps": 1}))
+    trainer.train()
+    (rows,) = trainer.samples
+    per_completion = sum(value**2 / 2 for row in rows for value in row["kl"]) / len(rows)
+    kl["target"] = per_completion / 1.1
+    trainer = sharpened(build(functions=FUNCTIONS, rewards=[WORDS], credit={"kl": kl}, args={"max_steps": 1}))
+    trainer.train()
+    assert trainer.kl_coefficient == pytest.approx(0.1 * (1 + 0.1 * 8 / 80), rel=1e-4)
+
+
+# -- updates -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [{"estimator": "gae", "kl": {"coefficient": 0.3, "estimator": "k3", "where": "loss"}}, {"estimator": "prime"}],
+    ids=lambda credit: credit["estimator"],
+)
+def test_accumulation_splits_the_batch_and_changes_nothing(credit, build, weights) -> None:
+    ends = []
+    for size, accumulate in ((16, 1), (4, 4)):
+        trainer = sharpened(
+            build(
+                functions=FUNCTIONS,
+                rewards=[WORDS, EVEN, {**PRM, "online": {"learning_rate": 1e-30}}],
+                credit=credit,
+                accuracy_band={"low": 0.3, "high": 0.9},
+                args={
+                    "max_steps": 2,
+                    "per_device_train_batch_size": size,
+                    "gradient_accumulation_steps": accumulate,
+                    "optim": "sgd",
+                    "learning_rate": 0.05,
+                    "max_grad_norm": 0,
+                },
+            )
+        )
+        before = weights(trainer.model)
+        trainer.train()
+        assert any("tool_mask" in batch for batch in trainer.batches)
+        ends.append(weights(trainer.model))
+    assert changed(before, ends[0], is_policy)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_rollouts_of_several_updates_and_passes(build, logged) -> None:
+    copies = Copies()
+    trainer = build(
+        functions=FUNCTIONS,
+        callbacks=[copies],
+        rewards=[WORDS, EVEN, PRM],
+        credit={"estimator": "gae"},
+        args={
+            "max_steps": 4,
+            "num_iterations": 2,
+            "steps_per_generation": 2,
+            "gradient_accumulation_steps": 2,
+        },
+    )
+    trainer.train()
+    assert len(trainer.batches) == 2  # each is learnt from twice
+    assert [step for step, entry in enumerate(logged(trainer))] == [0, 1]
+    (moments,) = {state["step"].item() for state in trainer.scoring.online["implicit_prm"].optimizer.state.values()}
+    assert moments == 2  # the PRM learns once a rollout
+    for before, after in itertools.pairwise(copies.states):
+        assert changed(before, after, is_policy) and changed(before, after, is_critic)
+    losses = [entry["value/loss"] for entry in trainer.state.log_history if "value/loss" in entry]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))

@@ -59,7 +59,7 @@ def in_rollouts(*numbers):
 SOMETIMES_HUGE = [{"type": "function", "function": "sometimes_huge"}]
 
 
-# -- not finite ---------------------------------------------------------------------------------------------------------
+# -- not finite --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(accumulate, credit, build, lo
     trainer.train()
     assert [steps.unchanged(step) for step in (1, 2, 3)] == [False, True, False]
     assert [entry["skipped_steps"] for entry in logged(trainer)] == [0, 1, 1]
-    assert trainer.skipped_updates == 1
+    assert trainer.guard.skipped == 1
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
@@ -92,7 +92,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(build) -> None:
     trainer.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan if spoil.pop(0) else gradient)
     trainer.train()
     assert [steps.unchanged(step) for step in (1, 2, 3)] == [False, True, False]
-    assert trainer.skipped_updates == 1
+    assert trainer.guard.skipped == 1
 
 
 def test_weights_that_are_not_finite_do_not_spread(build) -> None:
@@ -116,7 +116,7 @@ def test_weights_that_are_not_finite_do_not_spread(build) -> None:
     spoilt = [[not parameter.isfinite().all() for parameter in weights].count(True) for weights in steps.weights]
     assert spoilt == [0, 0, 1]
     assert all(moment.isfinite().all() for moment in steps.moments[2])
-    assert trainer.skipped_updates == 1
+    assert trainer.guard.skipped == 1
 
 
 def test_too_many_skipped_updates_stop_the_run(build) -> None:
@@ -130,7 +130,7 @@ def test_too_many_skipped_updates_stop_the_run(build) -> None:
         trainer.train()
 
 
-# -- accuracy band ------------------------------------------------------------------------------------------------------
+# -- accuracy band -----------------------------------------------------------------------------------------------------
 
 
 def test_a_rollout_outside_the_band_changes_nothing_and_is_no_failure(build, logged) -> None:
@@ -157,9 +157,7 @@ def test_a_rollout_outside_the_band_changes_nothing_and_is_no_failure(build, log
 
 LOSSES = {
     "rloo": {"credit": {"estimator": "rloo"}},
-    "gae, kl in loss": {
-        "credit": {"estimator": "gae", "kl": {"coefficient": 0.1, "estimator": "k2", "where": "loss"}}
-    },
+    "gae, kl in loss": {"credit": {"estimator": "gae", "kl": {"coefficient": 0.1, "estimator": "k2", "where": "loss"}}},
     "prime, kl in reward": {"credit": {"estimator": "prime", "kl": {"coefficient": 0.1}}},
     "min_form": {"credit": {"estimator": "min_form", "step_pattern": " "}},
     "grpo": {"credit": {"estimator": "group", "scale": "batch"}},
@@ -168,7 +166,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("order", ["before_scoring", "with_policy"])
-def test_rows_outside_the_band_are_in_no_loss_and_in_no_statistic(fields, order, build, weights) -> None:
+def test_rows_outside_the_band_are_in_no_loss_and_in_no_statistic(fields, order, build, weights, logged) -> None:
     ends, dropped = [], 0
     for score_outside in (0.0, 50.0):
 
@@ -194,18 +192,21 @@ def test_rows_outside_the_band_are_in_no_loss_and_in_no_statistic(fields, order,
             **fields,
         )
         trainer.train()
-        ends.append(weights(trainer.model))
+        prm = trainer.scoring.sources[2].trainable_parameters()
+        ends.append({**weights(trainer.model), **dict(enumerate(parameter.clone() for parameter in prm))})
+        assert any(entry["grad_norm"] > 0 for entry in logged(trainer))
         for batch, rows in zip(trainer.batches, trainer.samples, strict=True):
             out = torch.tensor(outside([row["prompt"] for row in rows]))
             live = batch["completion_mask"].bool() & ~out[:, None]
             assert batch["num_items_in_batch"] == live.sum()
+            assert torch.equal(batch["completion_mask"].bool() & batch["tool_mask"].bool(), live)
             assert not batch["advantages"][~live].any()
             dropped += int(out.sum())
     assert dropped > 0
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-# -- truncation ---------------------------------------------------------------------------------------------------------
+# -- truncation --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -271,9 +272,7 @@ def test_truncation_bootstrap_goes_on_with_the_critics_value(cut_off) -> None:
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
-        output = trainer.model(
-            input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, with_values=True
-        )
+        output = trainer.model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, with_values=True)
     behind = output.state_values[:, -1].tolist()  # after two tokens were read, which a cut-off row has
     for row, c, value in zip(rows, cut, behind, strict=True):
         future = value if c else 0.0

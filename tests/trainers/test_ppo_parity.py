@@ -60,9 +60,7 @@ def train_both(ours, theirs):
 
 def assert_same_weights(ours, theirs, before, atol=0.0):
     moved = 0.0
-    for (name, mine), (_, other) in zip(
-        ours.model.named_parameters(), theirs.model.named_parameters(), strict=True
-    ):
+    for (name, mine), (_, other) in zip(ours.model.named_parameters(), theirs.model.named_parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
         moved = max(moved, (mine - before[name]).abs().max().item())
     assert moved > 1e-3, "nothing was learnt, so nothing was compared"

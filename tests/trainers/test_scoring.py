@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -70,21 +71,6 @@ def rollout() -> Rollout:
     )
 
 
-@pytest.fixture
-def scoring(ranks):
-    """Sources by what they give: `name=scores` for a function, or a configuration."""
-
-    def make(band=None, configs=(), **functions) -> Scoring:
-        given = [FunctionConfig(type="function", function=name) for name in functions]
-        all_configs = [*configs, *given]
-        scores = {name: value if callable(value) else (lambda value=value, **_: value) for name, value in functions.items()}
-        context = BuildContext(torch.nn.Module(), None, 1.0, torch.device("cpu"), scores)  # pyright: ignore
-        built = [config.build(context) for config in all_configs]
-        return Scoring(all_configs, built, band, ranks)
-
-    return make
-
-
 def function(name, **fields) -> FunctionConfig:
     return FunctionConfig(type="function", function=name, **fields)
 
@@ -110,7 +96,7 @@ def _constant(scores):
     return lambda **_: scores
 
 
-# -- functions ----------------------------------------------------------------------------------------------------------
+# -- functions ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_function_sees_what_trl_gives_it_and_scores_the_last_action_token(rollout, ask) -> None:
@@ -149,7 +135,7 @@ def test_a_row_without_an_action_token_has_no_reward_and_does_not_count(rollout,
     assert weighted.tokens.sum(dim=1)[scores.valid].tolist() == pytest.approx([0.5, 1.5, 2.5])
 
 
-# -- failures -----------------------------------------------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("broken", [NAN, float("inf"), -float("inf")])
@@ -222,7 +208,7 @@ def test_a_function_that_forgets_a_row_stops_the_run(rollout, ask) -> None:
         ask(rollout, (function("judge"), [1.0, 2.0, 3.0]))
 
 
-# -- outcomes -----------------------------------------------------------------------------------------------------------
+# -- outcomes ----------------------------------------------------------------------------------------------------------
 
 
 def test_outcomes_are_the_mean_of_what_the_labelling_sources_say(rollout, ask) -> None:
@@ -286,15 +272,13 @@ def test_rows_outside_the_band_do_not_count(rollout, ask) -> None:
     assert scores.valid.tolist() == [False, False, True, True]
 
 
-# -- normalisation and weights ------------------------------------------------------------------------------------------
+# -- normalisation and weights -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 2.0), (5, 1.25), (10, 0.5), (1000, 0.5)])
 def test_a_schedule_is_a_line_and_then_its_end(step, expected, rollout, ask) -> None:
     schedule = Schedule(start=2.0, end=0.5, steps=10)
     assert schedule.at(step) == pytest.approx(expected)
-    from dataclasses import replace
-
     later = replace(rollout, step=step)
     scoring, scores = ask(later, (function("judge", weight=schedule), [1.0, 2.0, 3.0, 4.0]))
     (weighted,) = scoring.weighted(later, scores)
