@@ -77,7 +77,7 @@ class RolloutLog:
         metrics = {f"credit/share/{name}": share for name, share in credited.shares.items()}
         metrics["credit/advantage_std"] = masked_var(credited.advantages, live).sqrt().item()
         metrics["credit/dropped_rows"] = 1 - episode.valid.float().mean().item()
-        if scores.outcomes is not None:
+        if scores.outcomes is not None and scores.labelled is not None:
             labelled = self._ranks.all_rows(scores.labelled)
             metrics["accuracy"] = masked_mean(self._ranks.all_rows(scores.outcomes), labelled).item()
         if credited.returns is not None and episode.values is not None:
@@ -105,7 +105,7 @@ class RolloutLog:
                 continue
             name = source.source_name
             tokens = scores.rewards[name].tokens
-            if scores.outcomes is not None:
+            if scores.outcomes is not None and scores.labelled is not None:
                 sums, outcomes = self._ranks.all_rows(tokens.sum(dim=1)), self._ranks.all_rows(scores.outcomes)
                 labelled, right = self._ranks.all_rows(scores.labelled), outcomes >= 0.5
                 area = auc(sums[labelled & right].tolist(), sums[labelled & ~right].tolist())

@@ -23,8 +23,8 @@ VOCABULARY = tuple(running_sums_vocabulary(5))
 def scratch(**fields: Any) -> Scratch:
     """A configuration of a one-layer Llama with large initial weights: its logits are far from uniform."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    settings = {"config": {"initializer_range": 0.5}, "max_position_embeddings": 64, **sizes, **fields}
-    return Scratch(type="scratch", vocabulary=VOCABULARY, **settings)
+    settings = {"vocabulary": VOCABULARY, "config": {"initializer_range": 0.5}, "max_position_embeddings": 64, **sizes}
+    return Scratch.model_validate({"type": "scratch", **settings, **fields})
 
 
 @pytest.fixture
