@@ -1,0 +1,107 @@
+"""Outcome rows become the ids that generation would have seen and sampled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_kit.data.outcomes import collate_outcomes, encode_outcomes, encode_row, render_row
+from rlhf_kit.models.generation import encode_prompts
+from rlhf_kit.models.tokenizers import word_level_tokenizer
+
+# The usual form: a turn ends with an end token and a line break.
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+PROMPT = [{"role": "user", "content": "1 + 1"}]
+ANSWER = [{"role": "assistant", "content": "2"}]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words of a small dialogue."""
+    return word_level_tokenizer(["user", "assistant", "system", ":", "+", "1", "2", "="])
+
+
+def words(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_text_is_encoded_in_two_parts_and_closed(tokenizer) -> None:
+    row = encode_row(tokenizer, "1 + 1 =", "2")
+    assert words(tokenizer, row["prompt_ids"]) == "1 + 1 ="
+    assert words(tokenizer, row["completion_ids"]) == "2 <eos>"
+
+
+def test_a_completion_that_is_closed_is_not_closed_twice(tokenizer) -> None:
+    assert words(tokenizer, encode_row(tokenizer, "1 =", "1<eos>")["completion_ids"]) == "1 <eos>"
+
+
+def test_an_unknown_word_or_nothing_at_all_is_no_end(tokenizer) -> None:
+    assert words(tokenizer, encode_row(tokenizer, "1 =", "never")["completion_ids"]) == "<unk> <eos>"
+    assert words(tokenizer, encode_row(tokenizer, "1 =", "")["completion_ids"]) == "<eos>"
+
+
+def test_the_completion_does_not_merge_with_the_prompt() -> None:
+    """A tokenizer that would read `1` and `2` as one word reads them as it would have sampled them."""
+    tokenizer = word_level_tokenizer(["1", "2", "12"])
+    row = encode_row(tokenizer, "1", "2")
+    assert words(tokenizer, row["prompt_ids"]) == "1"
+    assert words(tokenizer, row["completion_ids"]) == "2 <eos>"
+
+
+@pytest.mark.parametrize("completion", ["2", ANSWER])
+def test_a_conversation_is_rendered_and_ends_with_the_end_of_its_turn(tokenizer, completion) -> None:
+    tokenizer.chat_template = CHAT
+    row = encode_row(tokenizer, PROMPT, completion)
+    assert words(tokenizer, row["prompt_ids"]) == "user : 1 + 1 <eos> assistant :"
+    assert words(tokenizer, row["completion_ids"]) == "2 <eos>"
+    assert render_row(tokenizer, PROMPT, completion)[1] == "2<eos>"  # without the line break
+
+
+def test_a_turn_without_an_end_token_is_closed_by_the_end_of_sequence(tokenizer) -> None:
+    tokenizer.chat_template = CHAT.replace("<eos>", "")
+    assert words(tokenizer, encode_row(tokenizer, PROMPT, "2")["completion_ids"]) == "2 <eos>"
+
+
+@pytest.mark.parametrize("prompt", ["1 + 1 =", PROMPT])
+def test_the_prompt_is_what_generation_sees(tokenizer, prompt) -> None:
+    tokenizer.chat_template = CHAT
+    seen = encode_prompts(tokenizer, [prompt])["input_ids"][0].tolist()
+    assert encode_row(tokenizer, prompt, "2")["prompt_ids"] == seen
+
+
+def test_a_template_that_changes_the_prompt_is_an_error(tokenizer) -> None:
+    tokenizer.chat_template = "{{ messages | length }} " + CHAT
+    with pytest.raises(ValueError, match=r"renders a prompt differently once an answer follows.*chat_template"):
+        encode_row(tokenizer, PROMPT, "2")
+
+
+def test_rows_keep_their_order_and_their_labels_as_numbers(tokenizer) -> None:
+    rows = [{"prompt": "1 =", "completion": "1", "label": True}, {"prompt": "2 =", "completion": "1 1", "label": False}]
+    encoded = encode_outcomes(rows, tokenizer)
+    assert encoded["label"][:] == [1.0, 0.0]
+    assert [words(tokenizer, ids) for ids in encoded["completion_ids"]] == ["1 <eos>", "1 1 <eos>"]
+
+
+def test_a_batch_is_padded_on_the_outside() -> None:
+    rows = [
+        {"prompt_ids": [5], "completion_ids": [6, 7, 2], "label": 1.0, "offset": 0.5},
+        {"prompt_ids": [5, 8, 9], "completion_ids": [0], "label": 0.0, "offset": -1.0},
+    ]
+    batch = collate_outcomes(rows, pad_token_id=0)
+    assert batch["prompt_ids"].tolist() == [[0, 0, 5], [5, 8, 9]]
+    assert batch["prompt_mask"].tolist() == [[False, False, True], [True, True, True]]
+    assert batch["completion_ids"].tolist() == [[6, 7, 2], [0, 0, 0]]
+    # A token that happens to be the padding's id counts all the same.
+    assert batch["completion_mask"].tolist() == [[True, True, True], [True, False, False]]
+    assert batch["label"].tolist() == [1.0, 0.0] and batch["offset"].tolist() == [0.5, -1.0]
+    assert batch["label"].dtype == torch.float32 and batch["prompt_mask"].dtype == torch.bool
+
+
+def test_a_batch_without_labels_has_none() -> None:
+    batch = collate_outcomes([{"prompt_ids": [5], "completion_ids": []}], pad_token_id=0)
+    assert set(batch) == {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
+    assert batch["completion_ids"].shape == (1, 0) and batch["completion_ids"].dtype == torch.int64
