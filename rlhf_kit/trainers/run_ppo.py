@@ -13,12 +13,13 @@ from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.trainers.config import Ppo
 from rlhf_kit.trainers.export import export_model, export_sources
 from rlhf_kit.trainers.ppo import PpoTrainer
-from rlhf_kit.trainers.setup import StageRun, build_args, train
+from rlhf_kit.trainers.setup import StageRun, build_args, train, without_printing
 
 
 def run_ppo(stage: Ppo, run: StageRun) -> dict[str, Any]:
     """Train the policy, write `model/` (and `prm/`), and return the stage's results."""
     trainer = build_ppo_trainer(stage, run)
+    without_printing(trainer)
     evaluates = stage.evaluation is not None
     results: dict[str, Any] = {}
     if evaluates and run.last_checkpoint() is None:

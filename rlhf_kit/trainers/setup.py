@@ -84,11 +84,15 @@ def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defau
         raise RunError(f"trainer.args: {error}") from error
 
 
+def without_printing(trainer: Trainer) -> None:
+    """Drop transformers' printing of every log line, which would only repeat what the kit's loggers show."""
+    trainer.remove_callback(PrinterCallback)
+
+
 def train(trainer: Trainer, run: StageRun) -> None:
     """Train from the newest whole checkpoint, if there is one."""
     checkpoint = run.last_checkpoint()
-    # The kit's own loggers write files and draw; transformers' printing of every log line would only repeat them.
-    trainer.remove_callback(PrinterCallback)
+    without_printing(trainer)
     trainer.add_callback(_StopIfTrained())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
