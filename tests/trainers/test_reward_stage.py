@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from rlhf_kit.credit.implicit import log_odds
-from rlhf_kit.data.outcomes import encode_row
+from rlhf_kit.data.outcomes import collate_outcomes, encode_row
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.loading import load_model, load_tokenizer
@@ -262,12 +262,8 @@ def test_missing_columns_are_an_error(stage, rows, tmp_path, objective, missing)
         run_reward(stage(data, objective=objective), StageRun(tmp_path / "run"))
 
 
-def test_a_prm_from_scratch_has_nothing_to_be_compared_with(stage, rows, tmp_path) -> None:
-    given = stage(rows()).model_copy(
-        update={"model": Reward.model_validate(
-            {"type": "reward", "model": {"type": "scratch", "vocabulary": ["1"]}, "data": rows()}
-        ).model}
-    )  # fmt: skip
+def test_a_prm_from_scratch_has_nothing_to_be_compared_with(rows, tmp_path) -> None:
+    given = Reward.model_validate({"type": "reward", "model": {"type": "scratch", "vocabulary": ["1"]}, "data": rows()})
     with pytest.raises(RunError, match=r"from scratch.*sft stage"):
         run_reward(given, StageRun(tmp_path / "run"))
 
@@ -283,8 +279,6 @@ def test_token_rewards_are_beta_times_the_log_ratio(policy_path, tmp_path) -> No
         model.lm_head.weight[4].mul_(4)
     for each in (model, reference):
         add_log_prob_head(each)
-    from rlhf_kit.data.outcomes import collate_outcomes
-
     rows = collate_outcomes([encode_row(tokenizer, "1 =", "0 2 3"), encode_row(tokenizer, "1 2 =", "0")], 0)
     ids = [rows[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
     rewards = token_rewards(model, Scorer(reference, []), rows, BETA)
@@ -296,8 +290,6 @@ def test_token_rewards_are_beta_times_the_log_ratio(policy_path, tmp_path) -> No
 
 
 def test_held_out_statistics_by_hand() -> None:
-    from datasets import Dataset
-
     class Fixed(TrainedPrm):
         """Gives each row the rewards that it names."""
 
@@ -319,7 +311,3 @@ def test_held_out_statistics_by_hand() -> None:
         found = held_out(Fixed(), data, batch_size)
         assert found == {"loss": pytest.approx(sum(expected) / 4), "outcome_auc": 2.5 / 4}
     assert "outcome_auc" not in held_out(Fixed(), data.select([0, 1]), 4)
-
-
-def test_log_odds_of_a_certain_peer_are_clamped() -> None:
-    assert log_odds(torch.tensor([1.0])).item() == pytest.approx(math.log(0.98 / 0.02))
