@@ -1,8 +1,14 @@
-"""The base of every configuration object in a recipe."""
+"""What every configuration object in a recipe is made of."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+# A file, a folder or a hub id; "~" is the home folder.
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Config(BaseModel):

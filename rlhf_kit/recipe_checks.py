@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, Sampled
+from rlhf_kit.data.files import is_address
 from rlhf_kit.models.config import Scratch
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
@@ -143,8 +144,8 @@ def _model(stage: Stage) -> Iterator[Problem]:
 def _files(stage: Stage, earlier: Collection[Path], recipe_path: Path) -> Iterator[Problem]:
     """Data files and local models that do not exist."""
     for path, value, is_model in _paths(stage):
-        location = Path(os.path.expanduser(value))
-        if location in earlier or location.exists() or (is_model and not _looks_local(value)):
+        location = Path(value)
+        if location in earlier or location.exists() or (_may_be_remote(value) if is_model else is_address(value)):
             continue
         beside = recipe_path.parent / value
         if beside.exists():
@@ -182,9 +183,9 @@ def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
             yield "critic.path", stage.critic.path, True
 
 
-def _looks_local(path: str) -> bool:
+def _may_be_remote(model: str) -> bool:
     """A hub id is `name` or `owner/name`; anything else is meant as a folder."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
+    return not model.startswith((".", "/")) and model.count("/") <= 1
 
 
 # --- warnings ---

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlhf_kit.config import Config
+from rlhf_kit.config import Config, Location
 
 
 class DataBase(Config):
@@ -39,21 +39,21 @@ class Jsonl(DataBase):
     """A JSON-lines file (also `.json` with a list, also `.gz`)."""
 
     type: Literal["jsonl"]
-    path: str
+    path: Location
 
 
 class Parquet(DataBase):
     """A Parquet file."""
 
     type: Literal["parquet"]
-    path: str
+    path: Location
 
 
 class Hub(DataBase):
     """A data set by hub id."""
 
     type: Literal["hub"]
-    path: str
+    path: Location
     name: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -68,7 +68,7 @@ class Gsm8kSolutions(DataBase):
     """
 
     type: Literal["gsm8k_solutions"]
-    path: str
+    path: Location
     paired: bool = False
     calculator_annotations: bool = False
 
@@ -110,7 +110,7 @@ class Sampled(DataBase):
     """
 
     type: Literal["sampled"]
-    model: str
+    model: Location
     prompts: PromptConfig
     verifier: Literal["exact", "math", "reasoning_gym"]
     num_generations: PositiveInt = 4

@@ -7,7 +7,6 @@ import json
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -26,6 +25,7 @@ from rlhf_kit.data.config import (
     RunningSums,
     Sampled,
 )
+from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
 from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
@@ -68,9 +68,7 @@ def _source(config: DataConfig) -> str:
 
 def _read_json(config: Jsonl | Gsm8kSolutions) -> Dataset:
     """The rows of JSON lines, or of one JSON list; a name that ends in `.gz` is decompressed."""
-    path = Path(config.path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{config.path}: there is no such file")
+    path = local_file(config.path)
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -96,9 +94,7 @@ def _parse(text: str, path: str, first_line: int) -> Any:
 
 
 def _read_parquet(config: Parquet) -> Dataset:
-    if not Path(config.path).expanduser().is_file():
-        raise ValueError(f"{config.path}: there is no such file")
-    return Dataset(InMemoryTable(pyarrow.parquet.read_table(Path(config.path).expanduser())))
+    return Dataset(InMemoryTable(pyarrow.parquet.read_table(local_file(config.path))))
 
 
 def _read_hub(config: Hub) -> Dataset:

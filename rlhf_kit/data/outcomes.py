@@ -17,8 +17,14 @@ OutcomeRows = Mapping[str, Tensor]
 
 
 def encode_outcomes(data: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows of `prompt_ids`, `completion_ids` (closed by an end-of-sequence token) and a float `label`."""
-    rows = [{**encode_row(tokenizer, row["prompt"], row["completion"]), "label": float(row["label"])} for row in data]
+    """Rows of `prompt_ids`, `completion_ids` (closed by an end-of-sequence token), `length` and a float `label`.
+
+    `length` is the number of tokens, which transformers' `train_sampling_strategy: group_by_length` reads.
+    """
+    rows = []
+    for row in data:
+        ids = encode_row(tokenizer, row["prompt"], row["completion"])
+        rows.append({**ids, "length": sum(map(len, ids.values())), "label": float(row["label"])})
     return Dataset.from_list(rows)
 
 

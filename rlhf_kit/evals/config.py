@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from rlhf_kit.config import Config
+from rlhf_kit.config import Config, Location
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -34,10 +34,11 @@ class StepEvaluation(Config):
     """First-wrong-step detection on ProcessBench rows (`problem`, `steps`, `label`; arXiv 2412.06559).
 
     Steps are joined by `separator` into the completion that the PRM reads. The threshold is set on
-    `threshold_fraction` of the problems and judged on the others.
+    `threshold_fraction` of the problems and judged on the others. Rows of the stage's data that are of one of these
+    problems are left out.
     """
 
-    path: str
+    path: Location
     separator: str = "\n"
     limit: PositiveInt | None = None
     threshold_fraction: Probability = 0.5

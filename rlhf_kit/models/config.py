@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from rlhf_kit.config import Config
+from rlhf_kit.config import Config, Location
 
 
 class Lora(Config):
@@ -23,8 +23,8 @@ class Pretrained(Config):
     """A causal language model by hub id or folder; a folder with a LoRA adapter loads its base as well."""
 
     type: Literal["pretrained"] = "pretrained"
-    path: str
-    tokenizer: str | None = None
+    path: Location
+    tokenizer: Location | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     attn_implementation: str | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import PositiveFloat
 
-from rlhf_kit.config import Config
+from rlhf_kit.config import Config, Location
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
@@ -47,7 +47,7 @@ class ImplicitPrmConfig(SourceConfig):
     kind: ClassVar[Literal["outcome", "process"]] = "process"
 
     type: Literal["implicit_prm"]
-    path: str | None = None
+    path: Location | None = None
     beta: PositiveFloat = 0.05
     reference: Literal["initial", "behaviour", "ema"] = "behaviour"
     offset: Literal["none", "running", "prompt"] = "running"

@@ -59,7 +59,7 @@ def describe_stage(recipe: Recipe, name: str) -> dict[str, Any]:
         for other in recipe.stages
         if other != name and any(Path(path) in recipe.outputs(other) for path in paths.values())
     ]
-    prints = {field: _fingerprint(Path(path).expanduser()) for field, path in paths.items()}
+    prints = {field: _fingerprint(Path(path)) for field, path in paths.items()}
     return {"parents": parents, "inputs": {field: value for field, value in prints.items() if value}}
 
 

@@ -132,7 +132,7 @@ def _open_folder(recipe: Recipe) -> None:
     if written.is_file():
         _check_same(folder, yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text))
         _check_world_size(recipe, world_size)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run; give this run another name (name=...)")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +172,8 @@ def _differences(before: Any, now: Any, path: str = "") -> set[str]:
         for key in {*before, *now}:
             found |= _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
         return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return _differences(dict(enumerate(before)), dict(enumerate(now)), path)
     return set() if before == now else {path}
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rlhf_kit.config import Config
+from rlhf_kit.config import Config, Location
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.config import Evaluation, Probability, StepEvaluation, StepTruth
 from rlhf_kit.models.config import ModelConfig, Pretrained
@@ -88,7 +88,7 @@ class Critic(Config):
     """
 
     type: Literal["head", "model"] = "head"
-    path: str | None = None
+    path: Location | None = None
     learning_rate: PositiveFloat | None = None
     warmup_steps: NonNegativeInt = 0
     coefficient: NonNegativeFloat = 0.5

@@ -32,7 +32,7 @@ from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.export import export_model, write_prm_record
 from rlhf_kit.trainers.sampling import sample_completions
 from rlhf_kit.trainers.setup import StageRun, build_args, train
-from rlhf_kit.trainers.step_detection import detect_first_errors
+from rlhf_kit.trainers.step_detection import detect_first_errors, without_evaluated_problems
 
 PAIR = ("prompt", "chosen", "rejected")
 LABELLED = ("prompt", "completion", "label")
@@ -134,8 +134,8 @@ def held_out(prm: TrainedPrm, data: Dataset, batch_size: int) -> dict[str, float
 
 
 def _load(stage: Reward, config: DataConfig) -> Dataset:
-    """The columns that the objective learns from."""
-    data = load_data(config, sample_completions)
+    """The columns that the objective learns from, less the problems that `step_evaluation` judges."""
+    data = without_evaluated_problems(stage, load_data(config, sample_completions))
     columns = PAIR if stage.objective in ("dpo", "nca") else LABELLED
     missing = [name for name in columns if name not in data.column_names]
     if missing:

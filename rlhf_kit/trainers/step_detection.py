@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit import sum_by_step
-from rlhf_kit.data.messages import prompt_messages
+from rlhf_kit.data.files import local_file
+from rlhf_kit.data.messages import content_text, prompt_messages
 from rlhf_kit.data.outcomes import encode_row, render_row
+from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import Solution, baseline_scores, first_error_report, load_processbench
 from rlhf_kit.rollout import Text
 from rlhf_kit.trainers.config import Reward
@@ -33,7 +36,7 @@ def detect_first_errors(
     """
     assert stage.step_evaluation is not None
     config = stage.step_evaluation
-    solutions = load_processbench(config.path, config.limit)
+    solutions = load_processbench(local_file(config.path), config.limit)
     scores = step_scores(stage, token_rewards, tokenizer, solutions)
     if folder is not None:
         with (folder / "step_scores.jsonl").open("w", encoding="utf-8") as file:
@@ -44,6 +47,31 @@ def detect_first_errors(
         name: first_error_report(solutions, rows, config.threshold_fraction) for name, rows in candidates.items()
     }
     return {name: {**asdict(report), "f1": report.result.f1} for name, report in reports.items()}
+
+
+def without_evaluated_problems(stage: Reward, data: Dataset) -> Dataset:
+    """The rows of `data` whose prompt is no problem of `step_evaluation`, so that none is both learnt and judged.
+
+    Raises:
+        RunError: no row is left.
+    """
+    if stage.step_evaluation is None:
+        return data
+    problems = load_processbench(local_file(stage.step_evaluation.path), stage.step_evaluation.limit)
+    judged = {_words(_prompt(stage, solution.problem)) for solution in problems}
+    kept = [number for number, prompt in enumerate(data["prompt"]) if _words(prompt) not in judged]
+    if not kept:
+        raise RunError(
+            f"all {len(data)} training rows are of problems that step_evaluation judges, and such rows are left out: "
+            "train on other problems, or judge fewer (step_evaluation.limit)"
+        )
+    return data.select(kept)
+
+
+def _words(prompt: Text) -> str:
+    """A prompt as one text, to compare by."""
+    text = prompt if isinstance(prompt, str) else "\n".join(content_text(message) for message in prompt)
+    return " ".join(text.split())
 
 
 def step_scores(

@@ -1,0 +1,41 @@
+"""Data files: on this machine, or at an address."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from rlhf_kit.errors import RunError
+
+
+def is_address(path: str) -> bool:
+    """Whether `path` is to be fetched by HTTP."""
+    return path.startswith(("https://", "http://"))
+
+
+def local_file(path: str) -> Path:
+    """The file at `path`; what an http(s) address holds is fetched once, into `$XDG_CACHE_HOME/rlhf_kit`.
+
+    Raises:
+        ValueError: there is no such file.
+        RunError: the address cannot be read.
+    """
+    if not is_address(path):
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such file")
+        return Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_kit"
+    kept = cache / hashlib.sha256(path.encode()).hexdigest()[:16] / Path(path.partition("?")[0]).name
+    if not kept.is_file():
+        from torch.hub import download_url_to_file  # here, since `check` must not wait for torch
+
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            download_url_to_file(path, str(kept), progress=False)  # moves the whole file into place at the end
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be read ({error}); where there is no network, fetch the file elsewhere and give its "
+                "path instead"
+            ) from error
+    return kept
