@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-LONGEST_VALUE = 60
-HIDDEN = "[redacted]"
+from rlhf_kit.redact import REDACTED, is_secret, redact
 
-_SECRET_NAME = re.compile(r"(?i)(?:api|access|auth|hub|hf|private|wandb)_?(?:token|key)$|password|secret")
-_SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_)[\w-]{16,}")
+LONGEST_VALUE = 60
 
 
 class Unset(Enum):
@@ -43,7 +40,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
-        shown = HIDDEN if _SECRET_NAME.search(self.path.rpartition(".")[2]) else show(self.value)
+        shown = REDACTED if is_secret(self.path.rpartition(".")[2]) else show(self.value)
         value = "" if self.value is UNSET else f" (value {shown})"
         remedy = f"; {self.remedy}" if self.remedy else ""
         return " ".join(f"{where}{self.message}{value}{remedy}".split())
@@ -66,7 +63,7 @@ class RecipeError(Exception):
 def show(value: object) -> str:
     """The value as one short piece of text, without secrets of well-known forms."""
     text = value if isinstance(value, str) else "null" if value is None else repr(value)
-    text = _SECRET_VALUE.sub(HIDDEN, " ".join(text.split()))
+    text = redact(" ".join(text.split()))
     if len(text) > LONGEST_VALUE:
         text = text[: LONGEST_VALUE - 3] + "..."
     return f"'{text}'" if isinstance(value, str) else text

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, Sampled
+from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, RunningSums, Sampled
 from rlhf_kit.data.files import is_address
-from rlhf_kit.models.config import Scratch
+from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Scratch
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.trainers.args import argument, check_batch
+from rlhf_kit.trainers.args import argument, batch_of, check_batch
 from rlhf_kit.trainers.config import Credit, Ppo, Reward, Sft
 
 Stage = Sft | Reward | Ppo
@@ -32,7 +32,8 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
         problems += _reward(stage)
     if isinstance(stage, Ppo):
         problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
-        problems += [*_estimator(stage), *_critic(stage), *_sources(stage), *_accuracy_band(stage)]
+        problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage)]
+        problems += [*_sources(stage), *_accuracy_band(stage)]
     return problems
 
 
@@ -48,9 +49,19 @@ def _estimator(stage: Ppo) -> Iterator[Problem]:
     if credit.estimator in PROCESS_ESTIMATORS and all(source.kind != "process" for source in stage.rewards):
         remedy = "add an implicit_prm to rewards, or use rloo"
         yield Problem("credit.estimator", "needs a process reward", credit.estimator, remedy)
-    if credit.kl.target is not None and credit.kl.coefficient == 0:
+
+
+def _adaptive_kl(stage: Ppo, world_size: int) -> Iterator[Problem]:
+    kl, rollout = stage.credit.kl, batch_of(stage, world_size).rollout
+    if kl.target is None:
+        return
+    if kl.coefficient == 0:
         remedy = "give credit.kl.coefficient a value to start from, e.g. 0.05"
-        yield Problem("credit.kl.target", "cannot adapt a coefficient of 0", credit.kl.target, remedy)
+        yield Problem("credit.kl.target", "cannot adapt a coefficient of 0", kl.target, remedy)
+    if rollout >= 5 * kl.adaptation_horizon:
+        what = f"is so short that one rollout of {rollout} completions could make the coefficient negative"
+        remedy = f"write at least {rollout // 5 + 1}"
+        yield Problem("credit.kl.adaptation_horizon", what, kl.adaptation_horizon, remedy)
 
 
 def _critic(stage: Ppo) -> Iterator[Problem]:
@@ -136,6 +147,11 @@ def _model(stage: Stage) -> Iterator[Problem]:
         what = f"is no multiple of num_attention_heads ({model.num_attention_heads})"
         remedy = f"write a multiple of {model.num_attention_heads}"
         yield Problem("model.hidden_size", what, model.hidden_size, remedy)
+    if isinstance(model, Scratch) and model.vocabulary == "running_sums":
+        for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+            if isinstance(data, RunningSums) and data.modulus > RUNNING_SUMS_MODULUS:
+                what = f"needs larger numbers than model.vocabulary running_sums has (below {RUNNING_SUMS_MODULUS})"
+                yield Problem(path, what, remedy="make them smaller, or list the words in model.vocabulary")
 
 
 # --- files ---
@@ -221,6 +237,9 @@ def _source_warnings(stage: Ppo) -> Iterator[Problem]:
         if isinstance(source, ImplicitPrmConfig) and source.path is None and not source.online:
             remedy = "set path to a trained PRM, or set online"
             yield Problem(f"rewards.{index}", "a frozen copy of the policy says nothing about outcomes", remedy=remedy)
+        if isinstance(source, ImplicitPrmConfig) and stage.model.peft is not None and stage.model.peft.dropout > 0:
+            what = "dropout makes the first rewards of an implicit PRM noise instead of 0"
+            yield Problem("model.peft.dropout", what, stage.model.peft.dropout, "write 0")
 
 
 def _argument_warnings(stage: Stage) -> Iterator[Problem]:

@@ -1,7 +1,12 @@
-"""Settings for every test: nothing reaches the network, and tokenizers start no threads of their own."""
+"""Settings for every test: nothing reaches the network, tokenizers start no threads of their own, and slow is not wrong."""
 
 import os
+
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("kit", deadline=None, max_examples=40)
+settings.load_profile("kit")

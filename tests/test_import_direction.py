@@ -9,7 +9,7 @@ import rlhf_kit
 
 PACKAGE = Path(rlhf_kit.__file__).parent
 TIERS = (
-    ("config", "errors", "problems", "yaml12", "rollout"),
+    ("config", "errors", "problems", "redact", "yaml12", "rollout"),
     ("credit",),
     ("models", "judges", "data"),
     ("rewards", "objectives"),

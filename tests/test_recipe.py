@@ -484,7 +484,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.sampled_from([PIPELINE, SINGLE, REWARD]), st.data())
 def test_a_recipe_with_any_field_replaced_loads_or_is_refused_in_lines(text: str, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(paths_of(yaml.safe_load(text))))
@@ -496,7 +496,7 @@ def test_a_recipe_with_any_field_replaced_loads_or_is_refused_in_lines(text: str
         assert all(problem.message for problem in error.problems)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.binary(max_size=60) | st.text("{}[]:,-&*!|>'\"%@`#?~$. \n\tab1", max_size=30).map(str.encode))
 def test_any_file_loads_or_is_refused_in_lines(content: bytes) -> None:
     Path("recipe.yaml").write_bytes(content)
@@ -604,6 +604,11 @@ VERIFIER = "{type: verifier, verifier: exact}"
             ["truncation.policy: needs a critic; rloo has none (value 'bootstrap')"],
         ),
         (["credit.kl={target: 6}"], ["credit.kl.target: cannot adapt a coefficient of 0"]),
+        (
+            ["credit.kl={coefficient: 0.1, target: 6, adaptation_horizon: 1}"],
+            ["credit.kl.adaptation_horizon: is so short that one rollout of 8 completions", "write at least 2"],
+        ),
+        (["data.modulus=24"], ["data: needs larger numbers than model.vocabulary running_sums has (below 23)"]),
         (["accuracy_band={low: 0.9, high: 0.1}"], ["accuracy_band.low: is greater than high (value 0.9)"]),
         (["accuracy_band={}", f"rewards=[{PRM}]"], ["accuracy_band: needs outcomes"]),
         (

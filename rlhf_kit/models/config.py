@@ -34,8 +34,14 @@ class Pretrained(Config):
     peft: Lora | None = None
 
 
+RUNNING_SUMS_MODULUS = 23
+
+
 class Scratch(Config):
-    """A small Llama with random weights and a word-level tokenizer."""
+    """A small Llama with random weights and a word-level tokenizer.
+
+    The vocabulary `running_sums` is the numbers below 23 and `=`.
+    """
 
     type: Literal["scratch"]
     vocabulary: tuple[str, ...] | Literal["running_sums"]

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_kit.models.config import Lora, Pretrained, Scratch
+from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Lora, Pretrained, Scratch
 from rlhf_kit.models.tokenizers import word_level_tokenizer
 
 
@@ -69,7 +69,7 @@ def scratch_vocabulary(config: Scratch) -> tuple[str, ...]:
     if config.vocabulary == "running_sums":
         from rlhf_kit.data.tasks import running_sums_vocabulary
 
-        return tuple(running_sums_vocabulary(23))
+        return tuple(running_sums_vocabulary(RUNNING_SUMS_MODULUS))
     return config.vocabulary
 
 

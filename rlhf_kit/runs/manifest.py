@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.runs.redact import redact
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = (

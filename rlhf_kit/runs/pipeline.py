@@ -18,12 +18,12 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from rlhf_kit.errors import RunError
+from rlhf_kit.redact import redact
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.heatmap import heatmap_page
 from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
-from rlhf_kit.runs.redact import redact
 from rlhf_kit.runs.report import REPORT_FILE, write_report
 from rlhf_kit.trainers.config import StageConfig
 from rlhf_kit.trainers.setup import StageRun

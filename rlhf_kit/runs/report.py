@@ -17,10 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rlhf_kit.errors import RunError
+from rlhf_kit.redact import redact
 from rlhf_kit.runs import curves, heatmap
 from rlhf_kit.runs.formatting import format_duration, format_number, format_time, parse_time
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, read_metrics, read_samples
-from rlhf_kit.runs.redact import redact
 from rlhf_kit.runs.summary import headline, summary_rows
 
 REPORT_FILE = "report.html"

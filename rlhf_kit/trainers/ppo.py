@@ -23,18 +23,17 @@ from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
 from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.adapters import active_adapter
-from rlhf_kit.models.critic import CriticModel, ValueHead, add_critic, values_of_completion
+from rlhf_kit.models.critic import add_critic, values_of_completion
 from rlhf_kit.models.ema import MovingAverage
-from rlhf_kit.models.joint import add_joint_prm
 from rlhf_kit.models.loading import load_model
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, rollout_outputs
 from rlhf_kit.rewards.config import BuildContext
-from rlhf_kit.rewards.implicit_prm import ImplicitPrm, ImplicitPrmConfig
 from rlhf_kit.rollout import Rollout, Text
 from rlhf_kit.trainers.assign import Episode, WeightedRewards, assign_credit
 from rlhf_kit.trainers.config import Critic, Ppo
 from rlhf_kit.trainers.diagnostics import RolloutLog
 from rlhf_kit.trainers.losses import joint_prm_loss_of, kl_of, value_loss_of
+from rlhf_kit.trainers.ppo_parts import FollowPolicy, build_critic, critic_parameters, join_prm, regroup
 from rlhf_kit.trainers.ppo_state import load_state, save_state
 from rlhf_kit.trainers.resampling import Resampler
 from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets, truncated_rows
@@ -96,11 +95,12 @@ class PpoTrainer(CreditTrainer):
         self.reference = self._reference() if self.uses_kl or "reference" in self.needs else None
         self.average = MovingAverage(policy, config.ema_decay) if "ema" in self.needs else None
         if self.average is not None:
-            self.add_callback(_FollowPolicy(self.average))
+            self.add_callback(FollowPolicy(self.average))
         self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
         if self.critic_config is not None:
-            add_critic(policy, self._critic(self.critic_config, policy))
-        self.joint_prm = self._join_prm(policy)
+            add_critic(policy, build_critic(self.critic_config, policy))
+        self.joint_prm = join_prm(policy, self.model, self.scoring.sources)
+        self._joint_prm_learns = False
         self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
         self.guard = UpdateGuard(config.max_skipped_steps, self.ranks)
         self.evaluations: list[tuple[int, float]] = []
@@ -277,6 +277,7 @@ class PpoTrainer(CreditTrainer):
             loss = joint_prm_loss_of(output, batch, mask, self.joint_prm.config.beta)
             if self.first_pass_over_rollout:
                 self.log_metric(f"prm/{self.joint_prm.name}/loss", loss.item())
+            self._joint_prm_learns |= self.first_pass_over_rollout
             # In later passes the PRM's parameters stay in the graph: DDP waits for the gradient of each.
             scale = float(self.first_pass_over_rollout) / self.current_gradient_accumulation_steps
             losses.append(loss * scale)
@@ -286,11 +287,12 @@ class PpoTrainer(CreditTrainer):
         return 0.0 if self._critic_warms_up() else 1.0
 
     def still_parameters(self) -> list[torch.nn.Parameter]:
-        if not self._critic_warms_up():
-            return []
-        own = {id(parameter) for parameter in self.joint_prm.trainable_parameters()} if self.joint_prm else set()
-        named = self.model.named_parameters()
-        return [p for name, p in named if ".critic." not in f".{name}" and id(p) not in own]
+        prm = self.joint_prm.trainable_parameters() if self.joint_prm else []
+        still = [] if self._joint_prm_learns else prm  # else the optimiser's momentum would move it without a loss
+        if self._critic_warms_up():
+            learning = {id(parameter) for parameter in (*critic_parameters(self.model), *prm)}
+            still = [*still, *(p for p in self.model.parameters() if id(p) not in learning)]
+        return still
 
     def _critic_warms_up(self) -> bool:
         return self.critic_config is not None and self.state.global_step < self.critic_config.warmup_steps
@@ -298,6 +300,7 @@ class PpoTrainer(CreditTrainer):
     def update_is_sound(self, loss: Tensor | None, grad_norm: float | None) -> bool:
         if loss is not None:
             return self.guard.loss_is_finite(loss)
+        self._joint_prm_learns = False
         verdict = self.guard.close_window(grad_norm, self.state.global_step)
         self.log_metric("skipped_steps", float(self.guard.skipped))
         self.log_metric("empty_steps", float(verdict == "empty"))
@@ -324,37 +327,13 @@ class PpoTrainer(CreditTrainer):
         add_log_prob_head(model, self.temperature)
         return Scorer(model.to(self.accelerator.device), [], nullcontext)
 
-    @staticmethod
-    def _critic(config: Critic, policy: PreTrainedModel) -> ValueHead | CriticModel:
-        if config.type == "model":
-            return CriticModel(config.path or policy.config._name_or_path, policy.dtype)
-        return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
-
-    def _join_prm(self, policy: PreTrainedModel) -> ImplicitPrm | None:
-        """Put a PRM whose order is `with_policy` inside the policy's forward."""
-        joint = [
-            source
-            for config, source in zip(self.config.rewards, self.scoring.sources, strict=True)
-            if isinstance(config, ImplicitPrmConfig) and config.online and config.online.order == "with_policy"
-        ]
-        if not joint:
-            return None
-        (source,) = joint
-        assert isinstance(source, ImplicitPrm)
-        shared = source.scorer.model is self.model
-        add_joint_prm(policy, None if shared else source.scorer.model, source.scorer.activate)
-        for parameter in source.trainable_parameters():
-            parameter.requires_grad_(True)
-        return source
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimiser, with the critic and a joint PRM in groups of their own learning rates."""
         optimizer = super().create_optimizer(model)
         if self.critic_config is not None and self.critic_config.learning_rate is not None:
-            critic = [p for name, p in self.model.named_parameters() if ".critic." in f".{name}"]
-            _regroup(optimizer, critic, self.critic_config.learning_rate)
+            regroup(optimizer, critic_parameters(self.model), self.critic_config.learning_rate)
         if self.joint_prm is not None and self.joint_prm.config.online is not None:
-            _regroup(optimizer, self.joint_prm.trainable_parameters(), self.joint_prm.config.online.learning_rate)
+            regroup(optimizer, self.joint_prm.trainable_parameters(), self.joint_prm.config.online.learning_rate)
         return optimizer
 
     def evaluate(
@@ -381,21 +360,3 @@ class PpoTrainer(CreditTrainer):
         self.evaluations.append((self.state.global_step, metrics[f"{metric_key_prefix}_accuracy"]))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _regroup(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], rate: float) -> None:
-    """Move `parameters` to a group of their own, without weight decay."""
-    moved = {id(parameter) for parameter in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-    optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
-
-
-class _FollowPolicy(TrainerCallback):
-    """Moves the average after every optimiser step."""
-
-    def __init__(self, average: MovingAverage) -> None:
-        self._average = average
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._average.update()

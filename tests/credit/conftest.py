@@ -4,12 +4,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from jaxtyping import install_import_hook
-
-settings.register_profile("credit", deadline=None, max_examples=40)
-settings.load_profile("credit")
 
 # An int is a float, as everywhere in Python.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

@@ -83,6 +83,7 @@ def test_rows_keep_their_order_and_their_labels_as_numbers(tokenizer) -> None:
     rows = [{"prompt": "1 =", "completion": "1", "label": True}, {"prompt": "2 =", "completion": "1 1", "label": False}]
     encoded = encode_outcomes(rows, tokenizer)
     assert encoded["label"][:] == [1.0, 0.0]
+    assert encoded["length"][:] == [4, 5]
     assert [words(tokenizer, ids) for ids in encoded["completion_ids"]] == ["1 <eos>", "1 1 <eos>"]
 
 

@@ -231,7 +231,7 @@ def test_the_threshold_is_not_set_on_the_problems_evaluated():
     assert report.result.correct_accuracy == 1.0
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(0, 1000))
 def test_chance_stays_far_from_knowledge(seed):
     solutions = solutions_of(200)

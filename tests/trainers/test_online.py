@@ -235,6 +235,27 @@ def test_with_policy_it_learns_in_the_first_pass_over_a_rollout_only(train, logg
     assert learnt == [True, False, True, False]
 
 
+@pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
+def test_with_policy_the_momentum_of_its_optimiser_does_not_move_it_either(peft, build) -> None:
+    states = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            states.append([parameter.detach().clone() for parameter in prm_of(trainer).trainable_parameters()])
+
+    trainer = build(
+        functions={"even": even},
+        rewards=rewards({"learning_rate": 1e-2, "order": "with_policy"}),
+        callbacks=[Copies()],
+        model=peft,
+        credit={"estimator": "prime"},
+        args={"max_steps": 4, "num_iterations": 2},
+    )
+    trainer.train()
+    same = [all(map(torch.equal, before, after)) for before, after in itertools.pairwise(states)]
+    assert same == [True, False, True]
+
+
 def test_the_moving_average_follows_the_policy(train, policy_path) -> None:
     states = []
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_kit.data.outcomes import encode_row
+from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import Solution
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.loading import load_tokenizer
@@ -20,7 +22,7 @@ from rlhf_kit.models.tokenizers import word_level_tokenizer
 from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.reward import run_reward
 from rlhf_kit.trainers.setup import StageRun
-from rlhf_kit.trainers.step_detection import detect_first_errors, step_scores
+from rlhf_kit.trainers.step_detection import detect_first_errors, step_scores, without_evaluated_problems
 
 SUMS = {"type": "running_sums", "size": 1}
 CHAT = (
@@ -129,6 +131,25 @@ def test_the_prompt_is_that_of_the_training_data() -> None:
     given = stage(data={**SUMS, "prompt_template": "Q {prompt} ="})
     step_scores(given, token_rewards, tokenizer, [Solution("1 + 1", ("1",), -1)])
     assert prompts == ["Q 1 + 1 ="]
+
+
+# --- what is not learnt ---
+
+
+def test_rows_of_problems_that_are_judged_are_not_learnt(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    judged = [{"problem": "1 + 1\nis", "steps": ["2"], "label": -1}, {"problem": "2", "steps": ["1"], "label": 0}]
+    path.write_text(json.dumps(judged))
+    text = Dataset.from_list([{"prompt": prompt, "n": n} for n, prompt in enumerate(["1 + 1  is", "1 + 2", "2", "3"])])
+    assert without_evaluated_problems(stage(path), text)["n"][:] == [1, 3]
+    chat = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in ("2", "1 + 1 is", "5")]
+    kept = without_evaluated_problems(stage(path, data={**SUMS, "chat": True}), Dataset.from_list(chat))
+    assert kept.to_list() == chat[2:]
+    template = {**SUMS, "prompt_template": "Q: {prompt}"}
+    asked = Dataset.from_list([{"prompt": "2"}, {"prompt": "Q: 2"}])
+    assert without_evaluated_problems(stage(path, data=template), asked).to_list() == [{"prompt": "2"}]
+    with pytest.raises(RunError, match=r"all 1 training rows are of problems that step_evaluation judges"):
+        without_evaluated_problems(stage(path), Dataset.from_list([{"prompt": "2"}]))
 
 
 # --- the whole evaluation ---

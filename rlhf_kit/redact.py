@@ -22,6 +22,11 @@ _VALUE = re.compile(
 _EMPTY = {"", "null", "none", "~", "true", "false"}
 
 
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret."""
+    return re.fullmatch(_NAME, name, re.IGNORECASE) is not None
+
+
 def redact(text: str) -> str:
     """`text` without the values of names of secrets (`hub_token: ...`) and without keys of well-known forms.
 

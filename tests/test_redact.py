@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlhf_kit.runs.redact import REDACTED, redact
+from rlhf_kit.redact import REDACTED, redact
 
 
 @pytest.mark.parametrize(

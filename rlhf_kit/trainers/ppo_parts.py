@@ -1,0 +1,65 @@
+"""What PPO puts beside a policy: a critic, a PRM in the same forward, parameter groups, a moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from rlhf_kit.models.critic import CriticModel, ValueHead
+from rlhf_kit.models.ema import MovingAverage
+from rlhf_kit.models.joint import add_joint_prm
+from rlhf_kit.rewards.implicit_prm import ImplicitPrm
+from rlhf_kit.rollout import RewardSource
+from rlhf_kit.trainers.config import Critic
+
+
+def build_critic(config: Critic, policy: PreTrainedModel) -> ValueHead | CriticModel:
+    """A value head for the policy's hidden states, or a model of its own."""
+    if config.type == "model":
+        return CriticModel(config.path or policy.config._name_or_path, policy.dtype)
+    return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
+
+
+def critic_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the critic inside `model`."""
+    return [parameter for name, parameter in model.named_parameters() if ".critic." in f".{name}"]
+
+
+def join_prm(policy: PreTrainedModel, model: nn.Module, sources: Iterable[RewardSource]) -> ImplicitPrm | None:
+    """Put a PRM whose order is `with_policy` inside the policy's forward; `model` is the policy with its adapters."""
+    joint = [source for source in sources if isinstance(source, ImplicitPrm) and _learns_with_policy(source)]
+    if not joint:
+        return None
+    (source,) = joint
+    shared = source.scorer.model is model
+    add_joint_prm(policy, None if shared else source.scorer.model, source.scorer.activate)
+    for parameter in source.trainable_parameters():
+        parameter.requires_grad_(True)
+    return source
+
+
+def _learns_with_policy(source: ImplicitPrm) -> bool:
+    return source.config.online is not None and source.config.online.order == "with_policy"
+
+
+def regroup(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
+    """Move `parameters` to a group of their own, without weight decay."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    optimizer.add_param_group({"params": list(parameters), "lr": rate, "weight_decay": 0.0})
+
+
+class FollowPolicy(TrainerCallback):
+    """Moves the average after every optimiser step."""
+
+    def __init__(self, average: MovingAverage) -> None:
+        self._average = average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        self._average.update()
