@@ -1,4 +1,4 @@
-"""Settings for every test: nothing reaches the network, tokenizers start no threads of their own, and slow is not wrong."""
+"""Settings for every test: no network, no threads of the tokenizers' own, and slow is not wrong."""
 
 import os
 
