@@ -27,6 +27,7 @@ from rlhf_kit.models.critic import add_critic, values_of_completion
 from rlhf_kit.models.ema import MovingAverage
 from rlhf_kit.models.loading import load_model
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, rollout_outputs
+from rlhf_kit.models.stopping import ends_with_stop_string, generate_until
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rollout import Rollout, Text
 from rlhf_kit.trainers.assign import Episode, WeightedRewards, assign_credit
@@ -85,8 +86,7 @@ class PpoTrainer(CreditTrainer):
         context = BuildContext(self.model, config.model, self.temperature, self.accelerator.device, functions or {})
         sources = [source.build(context) for source in config.rewards]
         if config.stop_strings and not self.use_vllm:
-            # transformers finds stop strings by decoding, and TRL does not hand it the tokenizer.
-            policy.generate = partial(policy.generate, tokenizer=self.processing_class)
+            policy.generate = partial(generate_until, policy.generate, self.processing_class, config.stop_strings)
         self.scoring = Scoring(config.rewards, sources, config.accuracy_band, self.ranks)
         self.needs = frozenset().union(*(source.needs for source in sources))
         kl = config.credit.kl
@@ -129,9 +129,7 @@ class PpoTrainer(CreditTrainer):
         return self.scoring.local_band(rollout)
 
     def ended_by_stop_string(self, ids: list[int]) -> bool:
-        if not self.config.stop_strings:
-            return False
-        return self.processing_class.decode(ids, skip_special_tokens=True).endswith(self.config.stop_strings)
+        return ends_with_stop_string(self.processing_class, ids, self.config.stop_strings)
 
     # -- credit -----------------------------------------------------------------------------------------------------
 
@@ -139,7 +137,7 @@ class PpoTrainer(CreditTrainer):
         """Score the rollout by every source and put the advantages of its tokens into the batch."""
         rollout = self._rollout(batch, rows, prompts, completions)
         rollout = replace(rollout, offsets=rollout_offsets(self.processing_class, rollout))
-        truncated = truncated_rows(rollout, self.eos_token_ids, self.config.stop_strings)
+        truncated = truncated_rows(rollout, self.eos_token_ids, self.ended_by_stop_string)
         with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
             rollout, state_values = self._add_log_probs(rollout)
             scores = self.scoring.score_outcomes(rollout)

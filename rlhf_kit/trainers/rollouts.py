@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit.spans import token_offsets
-from rlhf_kit.data.messages import completion_text
 from rlhf_kit.rollout import CharRange, Rollout, Text
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -60,13 +59,15 @@ def rollout_offsets(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> lis
     return offsets
 
 
-def truncated_rows(rollout: Rollout, eos_token_ids: Sequence[int], stop_strings: tuple[str, ...]) -> Bool[Tensor, "B"]:
+def truncated_rows(
+    rollout: Rollout, eos_token_ids: Sequence[int], ended_by_stop_string: Callable[[list[int]], bool]
+) -> Bool[Tensor, "B"]:
     """Rows that reached the length limit: without an end-of-sequence token or a stop string at their end."""
     lengths = rollout.completion_mask.sum(dim=1)
     last = rollout.completion_ids.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
     ended = torch.isin(last, torch.tensor(list(eos_token_ids), device=last.device))
-    texts = [completion_text(completion) for completion in rollout.completions]
-    stopped = torch.tensor([bool(stop_strings) and text.endswith(stop_strings) for text in texts], device=last.device)
+    rows = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+    stopped = torch.tensor([ended_by_stop_string(ids[mask].tolist()) for ids, mask in rows], device=last.device)
     return ~ended & ~stopped & (lengths > 0)
 
 

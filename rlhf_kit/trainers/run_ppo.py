@@ -80,8 +80,8 @@ def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
         per_device = given.get("per_device_train_batch_size", 8)
         if per_device % 2:
             given["num_generations"] = per_device * given.get("gradient_accumulation_steps", 1)
-    if stage.stop_strings:
-        given["generation_kwargs"] = {"stop_strings": list(stage.stop_strings), **given.get("generation_kwargs", {})}
+    if stage.stop_strings and given.get("use_vllm"):
+        given["generation_kwargs"] = {"stop": list(stage.stop_strings), **(given.get("generation_kwargs") or {})}
     args = build_args(GRPOConfig, run, given, beta=0.0, loss_type="dapo", remove_unused_columns=False)
     if generations == 1:
         args.num_generations = 1

@@ -68,12 +68,12 @@ class CreditTrainer(GRPOTrainer):
         return rows, None
 
     def ended_by_stop_string(self, ids: list[int]) -> bool:
-        """Whether a completion's text ends with a stop string."""
+        """Whether the last token of a completion completes a stop string."""
         return False
 
     def generate_rows(self, rows: list[Row]) -> Generated:
         """What TRL's generation gives for `rows`: a tuple of lists, each with one entry a row, or None."""
-        return super()._generate([row["prompt"] for row in rows])
+        return self._generate_and_log([row["prompt"] for row in rows])
 
     def assign_credit(self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]) -> Batch:
         """`batch` with `advantages` of shape (B, T)."""
@@ -126,7 +126,21 @@ class CreditTrainer(GRPOTrainer):
         if self._prepared is not None:
             generated, self._prepared = self._prepared, None
             return generated
-        return super()._generate(prompts)
+        return self._generate_and_log(prompts)
+
+    def _generate_and_log(self, prompts: list[Text]) -> Generated:
+        """TRL's generation, with rows that ended by a stop string among those that it logs as terminated."""
+        generated = super()._generate(prompts)
+        ended = [
+            (bool(ids) and ids[-1] in self.eos_token_ids) or self.ended_by_stop_string(ids) for ids in generated[1]
+        ]
+        lengths = torch.tensor([float(len(ids)) for ids in generated[1]], device=self.accelerator.device)
+        ended = cast(Tensor, self.accelerator.gather(torch.tensor(ended, device=lengths.device)))
+        lengths = cast(Tensor, self.accelerator.gather(lengths))[ended] if ended.any() else torch.zeros(1)
+        self.replace_metric("completions/clipped_ratio", 1 - ended.float().mean().item())
+        for name, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
+            self.replace_metric(f"completions/{name}_terminated_length", value.item())
+        return generated
 
     def eval_mode_generation(self) -> AbstractContextManager[Any]:
         """The policy, gathered and in evaluation mode, ready for `generate`."""
