@@ -9,7 +9,7 @@ usage() {
   cat <<EOF
 Usage:
   ./launch.sh RECIPE.yaml [key=value ...]   train (the same as: rlhf-kit train RECIPE.yaml ...)
-  ./launch.sh COMMAND [argument ...]        another command of rlhf-kit, such as check, plan or report
+  ./launch.sh COMMAND [argument ...]        another command of rlhf-kit, such as check or report
   ./launch.sh test [argument ...]           run the tests with pytest
   ./launch.sh lint                          run ruff and pyright
   ./launch.sh --config NAME [--num_processes N] RECIPE.yaml [key=value ...]

@@ -130,8 +130,12 @@ def train(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = 
         from rlhf_kit.runs.pipeline import run_pipeline
 
         run_pipeline(loaded)
-    except RunError as error:
-        _fail(str(error), FAILED)
+    except (RunError, ValueError, OSError) as error:
+        # What the data, a hub or a disk say is for the user; where it happened is for whoever asks for it.
+        if os.environ.get("RLHF_KIT_TRACEBACK"):
+            raise
+        hint = "" if isinstance(error, RunError) else " (RLHF_KIT_TRACEBACK=1 shows where)"
+        _fail(f"{error}{hint}", FAILED)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
 

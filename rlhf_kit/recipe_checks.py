@@ -6,15 +6,16 @@ Each check yields problems with paths relative to the stage; `warnings` are doub
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, RunningSums, Sampled
 from rlhf_kit.data.files import is_address
-from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Scratch
+from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Pretrained, Scratch
 from rlhf_kit.problems import Problem
-from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig, read_prm_record
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, check_batch
 from rlhf_kit.trainers.config import Credit, Ppo, Reward, Sft
@@ -23,18 +24,42 @@ Stage = Sft | Reward | Ppo
 
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 PROCESS_ESTIMATORS = ("prime", "min_form")
+SMALLEST_RATE_OF_NARROW_WEIGHTS = 1e-4
+RESERVED_NAMES = ("kl", "truncation", "default")  # the kit's penalties, and the policy's adapter
 
 
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
     """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist."""
     problems = list(_files(stage, earlier, recipe_path)) + list(_model(stage)) + list(_data(stage))
+    problems += _evaluations(stage)
     if isinstance(stage, Reward):
         problems += _reward(stage)
     if isinstance(stage, Ppo):
         problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
-        problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage)]
+        problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage), *_patterns(stage)]
         problems += [*_sources(stage), *_accuracy_band(stage)]
     return problems
+
+
+def _evaluations(stage: Stage) -> Iterator[Problem]:
+    if argument(stage, "eval_strategy") != "no" and stage.eval_data is None:
+        yield Problem("trainer.args.eval_strategy", "there is nothing to evaluate on", remedy="add eval_data")
+    if argument(stage, "lr_scheduler_type") == "cosine_with_min_lr" and not argument(stage, "lr_scheduler_kwargs"):
+        remedy = "write lr_scheduler_kwargs: {min_lr_rate: 0.1}"
+        yield Problem("trainer.args.lr_scheduler_kwargs", "cosine_with_min_lr needs its lowest rate", remedy=remedy)
+
+
+def _patterns(stage: Ppo) -> Iterator[Problem]:
+    try:
+        re.compile(stage.credit.step_pattern)
+    except re.error as error:
+        remedy = r"escape it, as in \("
+        yield Problem("credit.step_pattern", f"is no regular expression ({error})", stage.credit.step_pattern, remedy)
+    if "" in stage.stop_strings:
+        remedy = "remove it"
+        yield Problem("stop_strings", "the empty text would end every completion before it begins", "", remedy)
+    if stage.step_truth is not None and not stage.step_truth.separator:
+        yield Problem("step_truth.separator", "must not be empty", "", "write what stands between steps, e.g. ' '")
 
 
 def _estimator(stage: Ppo) -> Iterator[Problem]:
@@ -78,6 +103,7 @@ def _critic(stage: Ppo) -> Iterator[Problem]:
 
 def _sources(stage: Ppo) -> Iterator[Problem]:
     names: dict[str, int] = {}
+    joint: list[str] = []
     outcome = any(source.labels_outcomes for source in stage.rewards)
     for index, source in enumerate(stage.rewards):
         path = f"rewards.{index}"
@@ -87,6 +113,11 @@ def _sources(stage: Ppo) -> Iterator[Problem]:
         names.setdefault(source.source_name, index)
         if not isinstance(source, ImplicitPrmConfig):
             continue
+        if isinstance(stage.model, Scratch):
+            remedy = "train it by an sft stage first, and write model.path: ${stages.sft.model}"
+            yield Problem(path, "an implicit PRM needs a policy with weights to start from", remedy=remedy)
+        if source.online and source.online.order == "with_policy":
+            joint.append(path)
         if source.online and not outcome:
             remedy = "add a verifier, or a function with bounded: true, to rewards"
             yield Problem(
@@ -97,6 +128,14 @@ def _sources(stage: Ppo) -> Iterator[Problem]:
         if source.path is None and not source.online and source.reference == "initial":
             remedy = "set path to a trained PRM, or set online"
             yield Problem(path, "a frozen copy of the policy against itself rewards every token with 0", remedy=remedy)
+
+    for path in joint[1:]:
+        remedy = f"write before_scoring ({joint[0]} is with_policy already)"
+        yield Problem(f"{path}.online.order", "one PRM at most trains with the policy", "with_policy", remedy)
+    for index, source in enumerate(stage.rewards):
+        if source.source_name in RESERVED_NAMES:
+            what = "is a name of the kit's own reward or adapter"
+            yield Problem(f"rewards.{index}.name", what, source.source_name, "give it another name")
 
 
 def _accuracy_band(stage: Ppo) -> Iterator[Problem]:
@@ -226,6 +265,8 @@ def _credit_warnings(credit: Credit) -> Iterator[Problem]:
     if kl.coefficient and kl.where == "reward" and kl.estimator != "k1":
         what = "in the reward it does not give the gradient of the reverse KL"
         yield Problem("credit.kl.estimator", what, kl.estimator, "use k1 in the reward")
+    if credit.horizon != defaults.horizon and credit.estimator not in ("prime", "reinforce"):
+        yield Problem("credit.horizon", "is used by prime and reinforce alone", credit.horizon, "remove it")
     if credit.lam != defaults.lam and credit.estimator != "gae":
         yield Problem("credit.lam", "is used by gae alone", credit.lam, "remove it")
     if credit.step_pattern != defaults.step_pattern and credit.estimator != "min_form":
@@ -234,12 +275,26 @@ def _credit_warnings(credit: Credit) -> Iterator[Problem]:
 
 def _source_warnings(stage: Ppo) -> Iterator[Problem]:
     for index, source in enumerate(stage.rewards):
-        if isinstance(source, ImplicitPrmConfig) and source.path is None and not source.online:
-            remedy = "set path to a trained PRM, or set online"
-            yield Problem(f"rewards.{index}", "a frozen copy of the policy says nothing about outcomes", remedy=remedy)
-        if isinstance(source, ImplicitPrmConfig) and stage.model.peft is not None and stage.model.peft.dropout > 0:
-            what = "dropout makes the first rewards of an implicit PRM noise instead of 0"
-            yield Problem("model.peft.dropout", what, stage.model.peft.dropout, "write 0")
+        if isinstance(source, ImplicitPrmConfig):
+            yield from (problem.under(f"rewards.{index}") for problem in _prm_warnings(source, stage.model))
+            if stage.model.peft is not None and stage.model.peft.dropout > 0:
+                what = "dropout makes the first rewards of an implicit PRM noise instead of 0"
+                yield Problem("model.peft.dropout", what, stage.model.peft.dropout, "write 0")
+
+
+def _prm_warnings(source: ImplicitPrmConfig, policy: Pretrained | Scratch) -> Iterator[Problem]:
+    record = read_prm_record(source.path) if source.path else None
+    if record is not None and record["beta"] != source.beta:
+        what = f"is not the {record['beta']} that {source.path} was trained with"
+        yield Problem("beta", what, source.beta, "its rewards are scaled by the ratio of the two")
+    if source.path is None and not source.online:
+        remedy = "set path to a trained PRM, or set online"
+        yield Problem("", "a frozen copy of the policy says nothing about outcomes", remedy=remedy)
+    narrow = policy.dtype in ("bfloat16", "float16") and policy.peft is None
+    if source.online and narrow and source.online.learning_rate < SMALLEST_RATE_OF_NARROW_WEIGHTS:
+        what = f"steps this small are lost in {policy.dtype} weights"
+        remedy = "write model.dtype: float32 (and bf16: true for the arithmetic), or use LoRA"
+        yield Problem("online.learning_rate", what, source.online.learning_rate, remedy)
 
 
 def _argument_warnings(stage: Stage) -> Iterator[Problem]:

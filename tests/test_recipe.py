@@ -562,7 +562,9 @@ def test_a_single_stage_has_nothing_to_refer_to() -> None:
 
 PRM = "{type: implicit_prm, path: some/prm}"
 ONLINE_PRM = "{type: implicit_prm, online: {}}"
+JOINT_PRM = "{type: implicit_prm, online: {order: with_policy}}"
 VERIFIER = "{type: verifier, verifier: exact}"
+PRETRAINED = "model={type: pretrained, path: some/model}"
 
 
 @pytest.mark.parametrize(
@@ -587,11 +589,11 @@ VERIFIER = "{type: verifier, verifier: exact}"
         ),
         (["credit.estimator=min_form"], ["credit.estimator: needs a process reward"]),
         (
-            [f"rewards=[{ONLINE_PRM}]"],
+            [f"rewards=[{ONLINE_PRM}]", PRETRAINED],
             ["rewards.0.online: an online PRM learns from outcomes", "add a verifier"],
         ),
         (
-            [f"rewards=[{ONLINE_PRM}, {{type: function, function: f}}]"],
+            [f"rewards=[{ONLINE_PRM}, {{type: function, function: f}}]", PRETRAINED],
             ["no source gives them", "bounded: true"],
         ),
         (["critic={}"], ["critic: is never used by credit.estimator rloo"]),
@@ -610,7 +612,7 @@ VERIFIER = "{type: verifier, verifier: exact}"
         ),
         (["data.modulus=24"], ["data: needs larger numbers than model.vocabulary running_sums has (below 23)"]),
         (["accuracy_band={low: 0.9, high: 0.1}"], ["accuracy_band.low: is greater than high (value 0.9)"]),
-        (["accuracy_band={}", f"rewards=[{PRM}]"], ["accuracy_band: needs outcomes"]),
+        (["accuracy_band={}", f"rewards=[{PRM}]", PRETRAINED], ["accuracy_band: needs outcomes"]),
         (
             ["accuracy_band={}", "credit.estimator=gae", "trainer.args.num_generations=1"],
             ["trainer.args.num_generations: accuracy_band needs groups (value 1)"],
@@ -626,9 +628,21 @@ VERIFIER = "{type: verifier, verifier: exact}"
             ["rewards.1.name: has the same name as rewards.0 (value 'verifier')"],
         ),
         (
-            [f"rewards=[{VERIFIER}, {{type: implicit_prm, reference: initial}}]"],
+            [f"rewards=[{VERIFIER}, {{type: implicit_prm, reference: initial}}]", PRETRAINED],
             ["rewards.1: a frozen copy of the policy against itself rewards every token with 0"],
         ),
+        ([f"rewards=[{VERIFIER}, {ONLINE_PRM}]"], ["rewards.1: an implicit PRM needs a policy with weights"]),
+        (
+            [f"rewards=[{VERIFIER}, {JOINT_PRM}, {{name: second, {JOINT_PRM[1:]}]", PRETRAINED],
+            ["rewards.2.online.order: one PRM at most trains with the policy (value 'with_policy')"],
+        ),
+        (["rewards=[{type: verifier, verifier: exact, name: kl}]"], ["rewards.0.name: is a name of the kit's own"]),
+        (["credit.step_pattern='('"], ["credit.step_pattern: is no regular expression", "(value '(')"]),
+        (["stop_strings=['']"], ["stop_strings: the empty text would end every completion"]),
+        (["trainer.args.top_p=2.0"], ["trainer.args.top_p: must be above 0 and at most 1 (value 2.0)"]),
+        (["trainer.args.use_liger_kernel=true"], ["trainer.args.use_liger_kernel: has no place"]),
+        (["trainer.args.eval_strategy=steps"], ["trainer.args.eval_strategy: there is nothing to evaluate on"]),
+        (["trainer.args.load_best_model_at_end=true"], ["load_best_model_at_end: needs evaluations and checkpoints"]),
         (["trainer.args.beta=0.1"], ["trainer.args.beta: is the kit's to set (value 0.1); set credit.kl"]),
     ],
 )
@@ -646,13 +660,13 @@ def test_a_combination_that_cannot_work_is_refused(overrides: list[str], fragmen
         ["credit.estimator=gae"],
         ["credit.estimator=gae", "critic={}", "truncation={policy: bootstrap}"],
         ["credit.estimator=gae", "critic={type: model, path: some/critic}"],
-        ["credit.estimator=prime", f"rewards=[{VERIFIER}, {ONLINE_PRM}]"],
-        ["credit.estimator=min_form", f"rewards=[{PRM}]"],
-        [f"rewards=[{{type: function, function: f, bounded: true}}, {ONLINE_PRM}]"],
+        ["credit.estimator=prime", f"rewards=[{VERIFIER}, {ONLINE_PRM}]", PRETRAINED],
+        ["credit.estimator=min_form", f"rewards=[{PRM}]", PRETRAINED],
+        [f"rewards=[{{type: function, function: f, bounded: true}}, {ONLINE_PRM}]", PRETRAINED],
         ["accuracy_band={}", "credit.kl={target: 6, coefficient: 0.1}"],
         ["evaluation={verifier: exact}", "eval_data={type: running_sums, size: 5}"],
         [f"rewards=[{VERIFIER}, {{type: verifier, verifier: math, name: other}}]"],
-        [f"rewards=[{VERIFIER}, {{type: implicit_prm, reference: initial, online: {{}}}}]"],
+        [f"rewards=[{VERIFIER}, {{type: implicit_prm, reference: initial, online: {{}}}}]", PRETRAINED],
     ],
 )
 def test_a_combination_that_works_passes(overrides: list[str]) -> None:
@@ -717,7 +731,7 @@ def test_arguments_of_a_reward_stage_are_those_of_its_objective() -> None:
         (["model={path: runs/other/sft/model}"], "model.path: no such model folder"),
         (["model={path: a/b, tokenizer: ./nope}"], "model.tokenizer: no such model folder"),
         (
-            [f"rewards=[{VERIFIER}, {{type: implicit_prm, path: ./nope}}]"],
+            [f"rewards=[{VERIFIER}, {{type: implicit_prm, path: ./nope}}]", PRETRAINED],
             "rewards.1.path: no such model folder",
         ),
         (["credit.estimator=gae", "critic={type: model, path: ./nope}"], "critic.path: no such model folder"),
@@ -765,7 +779,7 @@ def test_hub_ids_and_outputs_of_earlier_stages_are_not_looked_for() -> None:
         ),
         (["credit.lam=0.5"], "credit.lam: is used by gae alone (value 0.5)"),
         (["credit.step_pattern=x"], "credit.step_pattern: is used by min_form alone"),
-        ([f"rewards=[{VERIFIER}, {{type: implicit_prm}}]"], "rewards.1: a frozen copy of the policy"),
+        ([f"rewards=[{VERIFIER}, {{type: implicit_prm}}]", PRETRAINED], "rewards.1: a frozen copy of the policy"),
     ],
 )
 def test_what_is_probably_not_meant_is_a_warning(overrides: list[str], fragment: str) -> None:

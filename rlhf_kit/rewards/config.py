@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, StringConstraints
 
 from rlhf_kit.config import Config
 from rlhf_kit.rollout import RewardSource
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rlhf_kit.models.config import Pretrained, Scratch
+
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class Schedule(Config):
@@ -61,7 +64,7 @@ class SourceConfig(Config):
     kind: ClassVar[Literal["outcome", "process"]]
 
     type: str
-    name: str | None = None
+    name: SourceName | None = None
     weight: float | Schedule = 1.0
     normalize: Literal["none", "batch", "running"] = "none"
     required: bool = True

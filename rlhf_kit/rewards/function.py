@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
@@ -40,7 +42,11 @@ class FunctionConfig(SourceConfig):
 
 
 class Function(RewardSource):
-    """`f(prompts, completions, completion_ids, **columns) -> list[float | None]`, plain or async, as TRL calls it."""
+    """`f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]`.
+
+    Plain or async, as TRL calls it; `trainer_state` has the rollout's `global_step`, what `log_metric` is given is
+    logged as the source's, and `log_extra`, which fills TRL's table of completions, does nothing.
+    """
 
     kind = "outcome"
 
@@ -57,10 +63,14 @@ class Function(RewardSource):
         from rlhf_kit.rewards.outcome import outcome_rewards
 
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+        metrics: dict[str, list[float]] = {}
         scores = self._function(
             prompts=list(rollout.prompts),
             completions=list(rollout.completions),
             completion_ids=ids,
+            trainer_state=SimpleNamespace(global_step=rollout.step),
+            log_extra=lambda column, values: None,
+            log_metric=lambda name, value: metrics.setdefault(name, []).append(float(value)),
             **{name: list(values) for name, values in rollout.columns.items()},
         )
         if inspect.isawaitable(scores):
@@ -70,7 +80,8 @@ class Function(RewardSource):
                 f"reward function '{self.name}' returned {len(scores)} scores for {len(rollout)} completions; "
                 "return one score (or None) per completion"
             )
-        return outcome_rewards(scores, rollout)
+        means = {name: sum(values) / len(values) for name, values in metrics.items()}
+        return replace(outcome_rewards(scores, rollout), metrics=means)
 
 
 async def _result(awaitable: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import PositiveFloat
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlhf_kit.models.scorer import Scorer
 
 RUNNING_RATE_DECAY = 0.9
+PRM_RECORD = "prm.json"
 
 
 class Online(Config):
@@ -144,6 +145,12 @@ class ImplicitPrm(RewardSource):
         )
 
 
+def read_prm_record(path: str) -> dict[str, Any] | None:
+    """What a `reward` stage wrote beside a PRM: the `beta` it was trained with and its `reference`."""
+    record = Path(path) / PRM_RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+
+
 def _scorer(config: ImplicitPrmConfig, context: BuildContext) -> Scorer:
     """The PRM: a second adapter on the policy's base where there is one, else a model of its own."""
     from peft import PeftModel
@@ -187,10 +194,10 @@ def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer |
     """The reference that a `reward` stage recorded, unless the policy's initial weights are the same model."""
     if config.path is None or config.reference != "initial":
         return None
-    record = Path(config.path) / "prm.json"
-    if not record.is_file():
+    record = read_prm_record(config.path)
+    if record is None:
         return None
-    path = json.loads(record.read_text())["reference"]
+    path = record["reference"]
     if isinstance(context.policy_config, Pretrained) and path == context.policy_config.path:
         return None
     return _whole_model(path, context, trainable=False)

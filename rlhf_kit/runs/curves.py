@@ -47,7 +47,7 @@ KINDS = (
         "Token accuracy",
         {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out"},
     ),
-    PanelKind("Outcome", "AUC", {"auc": "training", "eval_auc": "held-out"}, baseline=0.5),
+    PanelKind("Outcome", "AUC", {"eval_outcome_auc": "held-out"}, baseline=0.5),
     PanelKind("Reward", "All sources, weighted", {"reward": "mean"}),
     PanelKind("Reward", "*", {"rewards/*/mean": ""}, each_source=True),
     PanelKind("Credit", "Share of each source in the advantage", {"credit/share/*": ""}, floor=0.0),

@@ -170,8 +170,19 @@ def _conflicts(stage_type: str, args: Mapping[str, Any]) -> list[Problem]:
     problems = []
     if args.get("bf16") is True and args.get("fp16") is True:
         problems.append(Problem("fp16", "cannot be true beside bf16", True, "keep one of the two"))
+    strategies = [args.get(f"{what}_strategy", "no" if what == "eval" else "steps") for what in ("eval", "save")]
+    if args.get("load_best_model_at_end") is True and (strategies[0] == "no" or "save_strategy" not in args):
+        remedy = "set eval_strategy and save_strategy to the same value, e.g. steps, and eval_steps and save_steps"
+        problems.append(Problem("load_best_model_at_end", "needs evaluations and checkpoints", True, remedy))
+    elif args.get("load_best_model_at_end") is True and strategies[0] != strategies[1] != "best":
+        problems.append(Problem("save_strategy", f"must be eval_strategy's ({strategies[0]})", strategies[1]))
     if stage_type != "ppo":
         return problems
+    if not 0 < args.get("top_p", 1.0) <= 1:
+        problems.append(Problem("top_p", "must be above 0 and at most 1", args["top_p"], "write 1.0 for no limit"))
+    if args.get("use_liger_kernel"):
+        remedy = "remove it: log-probabilities already come without the logits of all tokens"
+        problems.append(Problem("use_liger_kernel", "has no place for token-level advantages", True, remedy))
     loss = args.get("loss_type", "dapo")
     if loss not in TOKEN_LEVEL_LOSSES:
         remedy = f"{did_you_mean(loss, TOKEN_LEVEL_LOSSES)} (choices: {listed(TOKEN_LEVEL_LOSSES)})".strip()

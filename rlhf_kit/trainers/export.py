@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.config import ModelConfig, Pretrained
 from rlhf_kit.models.loading import holds_adapter, load_model
-from rlhf_kit.rewards.implicit_prm import ImplicitPrm
+from rlhf_kit.rewards.implicit_prm import PRM_RECORD, ImplicitPrm, ImplicitPrmConfig, read_prm_record
 
 if TYPE_CHECKING:
     from rlhf_kit.trainers.ppo import PpoTrainer
@@ -72,7 +72,13 @@ def _write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], ada
 
 def write_prm_record(folder: Path, beta: float, reference: str) -> None:
     """What a PRM's log-probabilities are compared with, beside its weights."""
-    (folder / "prm.json").write_text(json.dumps({"beta": beta, "reference": reference}, indent=2), encoding="utf-8")
+    (folder / PRM_RECORD).write_text(json.dumps({"beta": beta, "reference": reference}, indent=2), encoding="utf-8")
+
+
+def reference_of(config: ImplicitPrmConfig, policy: ModelConfig) -> str:
+    """The model that a PRM's log-probabilities are compared with: its own reference, else the policy's start."""
+    record = read_prm_record(config.path) if config.path is not None else None
+    return record["reference"] if record is not None else getattr(policy, "path", "")
 
 
 def export_sources(trainer: PpoTrainer, folder: Path) -> None:
@@ -80,8 +86,8 @@ def export_sources(trainer: PpoTrainer, folder: Path) -> None:
     for config, source in zip(trainer.scoring.configs, trainer.scoring.sources, strict=True):
         if not (isinstance(source, ImplicitPrm) and source.trainable_parameters()):
             continue
-        target = folder / ("prm" if config.source_name == config.type else config.source_name)
+        target = folder / "prm" if config.source_name == config.type else folder / "prm" / config.source_name
         if trainer.accelerator.is_main_process:
             adapter = config.source_name if isinstance(source.scorer.model, PeftModel) else "default"
             write_model(source.scorer.model, target, trainer.processing_class, adapter=adapter)
-            write_prm_record(target, source.config.beta, getattr(trainer.config.model, "path", ""))
+            write_prm_record(target, source.config.beta, reference_of(source.config, trainer.config.model))

@@ -21,6 +21,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
 from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
+from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.adapters import active_adapter
 from rlhf_kit.models.critic import add_critic, values_of_completion
@@ -101,6 +102,7 @@ class PpoTrainer(CreditTrainer):
             add_critic(policy, build_critic(self.critic_config, policy))
         self.joint_prm = join_prm(policy, self.model, self.scoring.sources)
         self._joint_prm_learns = False
+        self._refuse_what_cannot_run()
         self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
         self.guard = UpdateGuard(config.max_skipped_steps, self.ranks)
         self.evaluations: list[tuple[int, float]] = []
@@ -316,6 +318,20 @@ class PpoTrainer(CreditTrainer):
         load_state(self, folder)
 
     # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _refuse_what_cannot_run(self) -> None:
+        prompts = self.args.generation_batch_size // self.num_generations
+        if len(self.train_dataset) < prompts:
+            raise RunError(
+                f"data: {len(self.train_dataset)} prompts are fewer than the {prompts} of one rollout, so that there "
+                "would be no update; give more (size, limit), or lower per_device_train_batch_size"
+            )
+        warms_up = self.critic_config is not None and self.critic_config.warmup_steps > 0
+        if self.is_deepspeed_enabled and (warms_up or (self.joint_prm is not None and self.num_iterations > 1)):
+            raise RunError(
+                "DeepSpeed applies a gradient as soon as it is whole, so no part of the policy can rest: write "
+                "critic.warmup_steps: 0, and online.order: before_scoring or num_iterations: 1, or launch without it"
+            )
 
     def _reference(self) -> Scorer:
         """The policy's initial weights: its base model with LoRA, else a frozen second copy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 STATE_FILE = "state.json"
 CRITIC_FILE = "critic.safetensors"
 AVERAGE_FILE = "average.safetensors"
+SOURCES_FOLDER = "sources"
+WEIGHTS_FILE = "joint.safetensors"
 
 
 def save_state(trainer: PpoTrainer, folder: Path) -> None:
@@ -33,13 +35,14 @@ def save_state(trainer: PpoTrainer, folder: Path) -> None:
     if critic is not None:
         save_file(_contiguous(critic.state_dict()), folder / CRITIC_FILE)
     if trainer.average is not None:
-        weights = {str(i): p for i, p in enumerate(trainer.average.model.parameters())}
-        save_file(_contiguous(weights), folder / AVERAGE_FILE)
+        save_file(_numbered(trainer.average.model.parameters()), folder / AVERAGE_FILE)
     for source in trainer.scoring.sources:
-        source_folder = folder / source.name
-        source_folder.mkdir(exist_ok=True)
+        source_folder = folder / SOURCES_FOLDER / source.name
+        source_folder.mkdir(parents=True, exist_ok=True)
         update = trainer.scoring.online.get(source.name)
         (update or source).save(source_folder)
+        if update is None and source.trainable_parameters():  # it learns in the policy's engine
+            save_file(_numbered(source.trainable_parameters()), source_folder / WEIGHTS_FILE)
 
 
 def load_state(trainer: PpoTrainer, folder: Path) -> None:
@@ -54,19 +57,32 @@ def load_state(trainer: PpoTrainer, folder: Path) -> None:
     if critic is not None:
         critic.load_state_dict(load_file(folder / CRITIC_FILE))
     if trainer.average is not None:
-        weights = load_file(folder / AVERAGE_FILE)
-        with torch.no_grad():
-            for index, parameter in enumerate(trainer.average.model.parameters()):
-                parameter.copy_(weights[str(index)])
+        _copy_into(trainer.average.model.parameters(), folder / AVERAGE_FILE)
     for source in trainer.scoring.sources:
+        source_folder = folder / SOURCES_FOLDER / source.name
         update = trainer.scoring.online.get(source.name)
-        (update or source).load(folder / source.name)
+        (update or source).load(source_folder)
+        if update is None and source.trainable_parameters():
+            _copy_into(source.trainable_parameters(), source_folder / WEIGHTS_FILE)
+            for parameter in source.trainable_parameters():  # reading an adapter back freezes the others
+                parameter.requires_grad_(True)
 
 
 def _critic(trainer: PpoTrainer) -> Any:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     return getattr(policy, "critic", None)
+
+
+def _numbered(parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+    return _contiguous({str(index): parameter for index, parameter in enumerate(parameters)})
+
+
+def _copy_into(parameters: Iterable[Tensor], file: Path) -> None:
+    weights = load_file(file)
+    with torch.no_grad():
+        for index, parameter in enumerate(parameters):
+            parameter.copy_(weights[str(index)])
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,15 @@ from rlhf_kit.trainers.export import export_model, export_sources
 from rlhf_kit.trainers.ppo import PpoTrainer
 from rlhf_kit.trainers.setup import StageRun, build_args, train, without_printing
 
+PPO_DEFAULTS = {
+    "beta": 0.0,  # the KL belongs to credit.kl
+    "loss_type": "dapo",
+    "remove_unused_columns": False,  # sources read the data's columns
+    "disable_dropout": True,  # or the ratio of the policy to itself is not 1
+    "metric_for_best_model": "eval_accuracy",
+    "greater_is_better": True,
+}
+
 
 def run_ppo(stage: Ppo, run: StageRun) -> dict[str, Any]:
     """Train the policy, write `model/` (and `prm/`), and return the stage's results."""
@@ -71,7 +80,7 @@ def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:
 
 
 def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
-    """TRL's GRPOConfig for a stage. Its `beta` is 0: the KL belongs to `credit.kl`."""
+    """TRL's GRPOConfig for a stage."""
     given = dict(stage.trainer.args)
     generations = given.get("num_generations")
     if generations == 1:
@@ -82,7 +91,7 @@ def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
             given["num_generations"] = per_device * given.get("gradient_accumulation_steps", 1)
     if stage.stop_strings and given.get("use_vllm"):
         given["generation_kwargs"] = {"stop": list(stage.stop_strings), **(given.get("generation_kwargs") or {})}
-    args = build_args(GRPOConfig, run, given, beta=0.0, loss_type="dapo", remove_unused_columns=False)
+    args = build_args(GRPOConfig, run, given, **PPO_DEFAULTS)
     if generations == 1:
         args.num_generations = 1
         args.num_generations_eval = 1

@@ -69,6 +69,9 @@ class RunningScale:
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
+UNJUDGED_LIMIT = 3
+
+
 class Scoring:
     """Asks every source, in the order in which they depend on each other.
 
@@ -92,6 +95,7 @@ class Scoring:
             if isinstance(config, ImplicitPrmConfig) and config.online and config.online.order == "before_scoring"
         }
         self._learns = any(isinstance(config, ImplicitPrmConfig) and config.online for config in self.configs)
+        self._unjudged = 0
         self._band = band
         self._ranks = ranks
 
@@ -139,8 +143,24 @@ class Scoring:
                 learnt = update.step(rollout, scores.outcomes, scores.valid)
                 scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt.items()})
             self._ask(config, source, rollout, scores)
-        judged = [rewards.status == Status.OK for rewards in scores.rewards.values()]
-        scores.valid &= torch.stack(judged).any(dim=0)
+        judged = torch.stack([rewards.status == Status.OK for rewards in scores.rewards.values()]).any(dim=0)
+        scores.valid &= judged
+        self._count_unjudged(judged)
+
+    def _count_unjudged(self, judged: Bool[Tensor, "B"]) -> None:
+        """Stops a run whose sources have nothing to say: it would end without an error and without a change.
+
+        Raises:
+            RunError: no source judged a single completion in `UNJUDGED_LIMIT` rollouts in a row.
+        """
+        anything = self._ranks.sum(judged.sum().float().reshape(1)).item() > 0
+        self._unjudged = 0 if anything else self._unjudged + 1
+        if self._unjudged >= UNJUDGED_LIMIT:
+            raise RunError(
+                f"no reward source judged any completion of the last {UNJUDGED_LIMIT} rollouts ("
+                f"{', '.join(source.name for source in self.sources)}): look whether the data have the columns that "
+                "they read, such as answer, and at rewards/*/failed in metrics.jsonl"
+            )
 
     def weighted(self, rollout: Rollout, scores: Scores) -> list[WeightedRewards]:
         """Rewards of all ranks after each source's normalisation and weight."""

@@ -17,6 +17,8 @@ from rlhf_kit.trainers.config import Sft
 from rlhf_kit.trainers.export import export_model
 from rlhf_kit.trainers.setup import StageRun, build_args, train
 
+LEARNT = ["prompt", "completion"]
+
 
 def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
     """Fine-tune, write `model/`, and return the stage's results.
@@ -33,10 +35,12 @@ def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
             f"sft learns completions, and the data have only the columns {', '.join(data.column_names)}: name the one "
             "that holds them, as in data.columns: {completion: answer}"
         )
+    evaluates = args.eval_strategy != "no"
     trainer = SFTTrainer(
         model=load_model(stage.model),
         args=args,
-        train_dataset=data.select_columns(["prompt", "completion"]),
+        train_dataset=data.select_columns(LEARNT),
+        eval_dataset=load_data(stage.eval_data).select_columns(LEARNT) if stage.eval_data and evaluates else None,
         processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )

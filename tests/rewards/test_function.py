@@ -35,6 +35,9 @@ def test_the_function_is_called_as_trl_calls_it(rollout) -> None:
         return [0.0] * len(prompts)
 
     Function("f", function).score(rollout)
+    assert seen.pop("trainer_state").global_step == rollout.step
+    seen.pop("log_extra")("note", [])
+    seen.pop("log_metric")("seen", 1.0)
     assert seen == {
         "prompts": ["1 =", "1 =", "0 1 =", "0 1 ="],
         "completions": ["1 2", "", "1", "3 4"],
@@ -100,3 +103,12 @@ def test_without_entry_points_the_error_says_so(context) -> None:
 def test_only_a_bounded_function_labels_outcomes() -> None:
     assert not FunctionConfig(type="function", function="f").labels_outcomes
     assert FunctionConfig(type="function", function="f", bounded=True).labels_outcomes
+
+
+def test_what_a_function_logs_is_the_sources_metric(rollout) -> None:
+    def function(completions, log_metric, **_):
+        log_metric("length", 2)
+        log_metric("length", 4)
+        return [0.0] * len(completions)
+
+    assert Function("f", function).score(rollout).metrics == {"length": 3.0}

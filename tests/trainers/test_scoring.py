@@ -107,6 +107,9 @@ def test_a_function_sees_what_trl_gives_it_and_scores_the_last_action_token(roll
         return [1.0, 2.0, 3.0, 4.0]
 
     _, scores = ask(rollout, (function("judge"), judge))
+    assert seen.pop("trainer_state").global_step == rollout.step
+    seen.pop("log_extra")("note", [])
+    seen.pop("log_metric")("seen", 1.0)
     assert seen == {
         "prompts": ["p", "p", "q", "q"],
         "completions": ["a b c", "d e", "f", "g h i"],
