@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +255,27 @@ def test_with_policy_the_momentum_of_its_optimiser_does_not_move_it_either(peft,
     trainer.train()
     same = [all(map(torch.equal, before, after)) for before, after in itertools.pairwise(states)]
     assert same == [True, False, True]
+
+
+@pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("order", ["before_scoring", "with_policy"])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(order, peft, build, tmp_path) -> None:
+    def trainer() -> Any:
+        return build(
+            functions={"even": even},
+            rewards=rewards({"learning_rate": 1e-2, "order": order}),
+            model=peft,
+            credit={"estimator": "prime"},
+            args={"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+        )
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
+    parts = [(list(t.model.parameters()), prm_of(t).trainable_parameters()) for t in (whole, resumed)]
+    for before, after in zip(*parts, strict=True):
+        assert len(before) > 0
+        assert all(map(torch.equal, before, after))
 
 
 def test_the_moving_average_follows_the_policy(train, policy_path) -> None:

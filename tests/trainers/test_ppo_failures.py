@@ -282,3 +282,23 @@ def test_truncation_bootstrap_goes_on_with_the_critics_value(cut_off) -> None:
             expected.insert(0, future)
         advantages = [target - value for target, value in zip(expected, row["values"], strict=True)]
         assert row["advantages"] == pytest.approx(advantages, abs=1e-5)
+
+
+# -- runs that would end without an error and without a change -----------------------------------------------------
+
+
+def test_a_run_in_which_nothing_is_ever_judged_stops(build) -> None:
+    trainer = build(
+        functions={"silent": lambda completions, **_: [None] * len(completions)},
+        rewards=[{"type": "function", "function": "silent"}],
+        args={"max_steps": 10},
+    )
+    with pytest.raises(RunError, match=r"no reward source judged any completion .*\(silent\)"):
+        trainer.train()
+    assert trainer.state.global_step < 10
+
+
+def test_fewer_prompts_than_a_rollout_are_refused(build) -> None:
+    data = {"type": "running_sums", "size": 1, "terms": 2, "modulus": 5, "seed": 0}
+    with pytest.raises(RunError, match="1 prompts are fewer than the 2 of one rollout"):
+        build(data=data)
