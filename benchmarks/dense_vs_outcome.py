@@ -2,9 +2,9 @@
 
 Protocol (fixed before the arms were compared):
 
-- Arms: `dense`, the quickstart as it is; `outcome`, the same without the PRM, advantages from the verifier alone (RLOO
-  is what PRIME's estimator is without process rewards). The PRM was pretrained on 16,384 completions, so `outcome`
-  trains for 128 updates more (128 completions each): both have sampled 41,984 completions at the end.
+- Arms: `dense`, the quickstart with 200 updates; `outcome`, the same without the PRM, advantages from the verifier
+  alone (RLOO is what PRIME's estimator is without process rewards). The PRM was pretrained on 16,384 completions, so
+  `outcome` trains for 128 updates more (128 completions each): both have sampled 41,984 completions at the end.
 - Learning rates: each arm takes its own from {5e-5, 1e-4, 2e-4, 4e-4}, by held-out accuracy at the end on seed 100.
 - Metric: held-out greedy accuracy (512 problems that no stage trains on) at the end, on seeds 0 to 4.
 - Result: the mean over seeds of the difference `dense - outcome`, paired by seed (same SFT start), with its 95 %
@@ -24,11 +24,23 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+TASK = {"terms": 12, "largest": 9, "multiplier": 10}
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 TUNING_SEED = 100
 SEEDS = range(5)
+PINNED = {  # the task, the model's start and the batch as they were when the protocol was fixed
+    **{f"stages.{stage}.data.{key}": value for stage in ("sft", "ppo") for key, value in TASK.items()},
+    **{f"stages.{stage}.eval_data.{key}": value for stage in ("sft", "ppo") for key, value in TASK.items()},
+    **{f"stages.prm.data.prompts.{key}": value for key, value in TASK.items()},
+    "stages.sft.data.size": 380,
+    "stages.sft.trainer.args.max_steps": 300,
+    "stages.prm.data.prompts.size": 4096,
+    "stages.prm.data.num_generations": 4,
+    "stages.ppo.trainer.args.per_device_train_batch_size": 128,
+    "stages.ppo.trainer.args.num_generations": 4,
+}
 ARMS = {
-    "dense": [],
+    "dense": ["stages.ppo.trainer.args.max_steps=200", "stages.ppo.rewards.1.online.learning_rate=3e-4"],
     "outcome": [
         "~stages.prm",
         "~stages.ppo.rewards.1",
@@ -44,7 +56,8 @@ def run(out: Path, arm: str, rate: str, seed: int) -> dict[str, float]:
     """One run with one thread, unless it is there already; its PPO stage's results."""
     name = f"{arm}-{rate}-{seed}"
     command = [sys.executable, "-m", "rlhf_kit", "train", str(RECIPE), f"runs_dir={out}", f"name={name}"]
-    command += [f"seed={seed}", f"stages.ppo.trainer.args.learning_rate={rate}", *ARMS[arm]]
+    command += [f"seed={seed}", f"stages.ppo.trainer.args.learning_rate={rate}"]
+    command += [*(f"{key}={value}" for key, value in PINNED.items()), *ARMS[arm]]
     with (out / f"{name}.log").open("w") as log:
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
     return json.loads((out / name / "ppo" / "result.json").read_text())

@@ -31,7 +31,7 @@ RESERVED_NAMES = ("kl", "truncation", "default")  # the kit's penalties, and the
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
     """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist."""
     problems = list(_files(stage, earlier, recipe_path)) + list(_model(stage)) + list(_data(stage))
-    problems += _evaluations(stage)
+    problems += _arguments(stage)
     if isinstance(stage, Reward):
         problems += _reward(stage)
     if isinstance(stage, Ppo):
@@ -41,9 +41,12 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
     return problems
 
 
-def _evaluations(stage: Stage) -> Iterator[Problem]:
+def _arguments(stage: Stage) -> Iterator[Problem]:
     if argument(stage, "eval_strategy") != "no" and stage.eval_data is None:
         yield Problem("trainer.args.eval_strategy", "there is nothing to evaluate on", remedy="add eval_data")
+    if argument(stage, "push_to_hub") and not argument(stage, "hub_model_id"):
+        remedy = "write the repository, owner/name"
+        yield Problem("trainer.args.hub_model_id", "push_to_hub needs to know where", remedy=remedy)
     if argument(stage, "lr_scheduler_type") == "cosine_with_min_lr" and not argument(stage, "lr_scheduler_kwargs"):
         remedy = "write lr_scheduler_kwargs: {min_lr_rate: 0.1}"
         yield Problem("trainer.args.lr_scheduler_kwargs", "cosine_with_min_lr needs its lowest rate", remedy=remedy)

@@ -7,11 +7,16 @@ import functools
 import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
 Row = dict[str, Any]
+
+# `9**9**9` would be computed for ever, and nothing can stop Python in the middle of one multiplication.
+LARGE_EXPONENT = re.compile(r"(\*\*|\^)\s*(?=[\d(])(?!\(?\s*[+-]?\d{1,3}\s*\)?(?!\s*(\*\*|\^|\d|\())) *")
+POWER_OF_POWER = re.compile(r"\)\s*(\*\*|\^).*\)\s*(\*\*|\^)", re.DOTALL)
 
 
 def running_sums(
@@ -88,7 +93,7 @@ def reasoning_gym(
 def reasoning_gym_score(answer: str, row: Mapping[str, Any]) -> float:
     """The task's own score of `answer`, in [0, 1], for a row that `reasoning_gym` made."""
     # Several scorers hand the answer to `eval` or to sympy's parser, which evaluates it as Python.
-    if "__" in answer:
+    if "__" in answer or POWER_OF_POWER.search(answer) or LARGE_EXPONENT.search(answer):
         return 0.0
     entry = _untag(json.loads(row["reasoning_gym_entry"]))
     scorer = _scorer(row["reasoning_gym_task"], row["reasoning_gym_params"])

@@ -68,7 +68,8 @@ class Credit(Config):
 
     `horizon` says whether a process reward is credited to every earlier token (`return_to_go`) or to its own token
     alone (`immediate`). `whiten` standardises advantages over the action tokens of all ranks. `scale: group`
-    divides by the group's standard deviation (GRPO). Steps of `min_form` end where `step_pattern` matches.
+    divides by the group's standard deviation (GRPO). Steps of `min_form` end where `step_pattern` matches; it takes the
+    minimum over each process source (the KL penalty is one) apart, and adds what they give.
     """
 
     estimator: Literal["gae", "rloo", "group", "reinforce", "prime", "min_form"]
@@ -84,7 +85,8 @@ class Credit(Config):
 class Critic(Config):
     """The value function of `gae`: a linear head on the policy's last hidden state, or a model of its own.
 
-    For the first `warmup_steps` updates the policy stays still while the critic learns.
+    For the first `warmup_steps` updates the policy stays still while the critic learns. Its loss, `coefficient` times a
+    mean over the update's tokens, is the same whatever the `loss_type` of the policy.
     """
 
     type: Literal["head", "model"] = "head"

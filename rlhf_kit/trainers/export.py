@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -29,12 +30,18 @@ def without_kit_modules(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_model(trainer: Trainer, folder: Path) -> None:
-    """Write the policy: `AutoModelForCausalLM.from_pretrained` loads it; a LoRA policy is written as its adapter."""
+    """Write the policy: `AutoModelForCausalLM.from_pretrained` loads it; a LoRA policy is written as its adapter.
+
+    With `push_to_hub` it is uploaded as well, with the token that `HF_TOKEN` or a login gives.
+    """
     accelerator = trainer.accelerator
     state = cast(dict[str, Tensor], accelerator.get_state_dict(trainer.model_wrapped))
     if accelerator.is_main_process:
         model = cast(nn.Module, accelerator.unwrap_model(trainer.model))
         write_model(model, folder, trainer.processing_class, state)
+        if trainer.args.push_to_hub:
+            message = f"{trainer.state.global_step} updates"
+            HfApi().upload_folder(repo_id=str(trainer.hub_model_id), folder_path=folder, commit_message=message)
     accelerator.wait_for_everyone()
 
 

@@ -320,7 +320,7 @@ class PpoTrainer(CreditTrainer):
     # -- parts ------------------------------------------------------------------------------------------------------
 
     def _refuse_what_cannot_run(self) -> None:
-        prompts = self.args.generation_batch_size // self.num_generations
+        prompts = int(self.args.generation_batch_size or 0) // self.num_generations
         if len(self.train_dataset) < prompts:
             raise RunError(
                 f"data: {len(self.train_dataset)} prompts are fewer than the {prompts} of one rollout, so that there "

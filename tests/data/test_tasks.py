@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_kit.data.tasks import _tag, _untag, reasoning_gym, running_sums, running_sums_vocabulary
+from rlhf_kit.data.tasks import (
+    LARGE_EXPONENT,
+    POWER_OF_POWER,
+    _tag,
+    _untag,
+    reasoning_gym,
+    reasoning_gym_score,
+    running_sums,
+    running_sums_vocabulary,
+)
 
 
 @settings(max_examples=50)
@@ -105,3 +114,16 @@ def test_multiplier_ten_gives_the_remainders_of_long_division(modulus):
         # The first number may have two digits; the digits behind it are brought down one by one.
         remainders = [int(numbers[0] + "".join(numbers[1 : k + 2])) % modulus for k in range(6)]
         assert row["steps"] == [str(remainder) for remainder in remainders]
+
+
+@pytest.mark.parametrize(
+    "answer", ["9**9**9", "9**(9**9)", "9 ** 99999", "((9**999)**999)**999", "9^9^9", "9**(9*9**9)"]
+)
+def test_an_answer_that_could_not_be_computed_is_wrong(answer) -> None:
+    (row,) = reasoning_gym("chain_sum", 1, 0, {})
+    assert reasoning_gym_score(answer, row) == 0.0
+
+
+@pytest.mark.parametrize("answer", ["3*x**2 + y**10 - 4", "(x + 1)**2", "x^2", "2**(-1)", "a ^ b"])
+def test_ordinary_powers_are_left_to_the_scorer(answer) -> None:
+    assert not (LARGE_EXPONENT.search(answer) or POWER_OF_POWER.search(answer))
