@@ -7,7 +7,7 @@ import json
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -32,7 +32,16 @@ from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.verifiers import verify
 
 Row = dict[str, Any]
-Sampler = Callable[[Sampled, Dataset], Sequence[Sequence[str]]]
+
+
+class SampledCompletion(NamedTuple):
+    """A completion's text, and the tokens that were sampled: through the one that ended it, if one did."""
+
+    text: str
+    ids: list[int]
+
+
+Sampler = Callable[[Sampled, Dataset], Sequence[Sequence[SampledCompletion]]]
 
 COMPLETIONS = ("completion", "chosen", "rejected")
 
@@ -139,15 +148,15 @@ def _sampled(config: Sampled, sampler: Sampler | None) -> Dataset:
     rows = []
     for number, (row, group) in enumerate(zip(prompts.to_list(), completions, strict=True), start=1):
         for completion in group:
-            score = verify(config.verifier, completion, row)
+            score = verify(config.verifier, completion.text, row)
             if score is None:
                 raise ValueError(
                     f"{_source(config)}, row {number}: verifier {config.verifier!r} cannot judge it, having "
                     f"only the columns {', '.join(row)}"
                 )
             text = isinstance(row["prompt"], str)
-            rows.append({**row, "completion": completion if text else completion_messages(completion)})
-            rows[-1]["label"] = score >= 0.5
+            said = completion.text if text else completion_messages(completion.text)
+            rows.append({**row, "completion": said, "completion_ids": completion.ids, "label": score >= 0.5})
     return _dataset(rows, _source(config))
 
 

@@ -24,6 +24,8 @@ def encode_outcomes(data: Iterable[Mapping[str, Any]], tokenizer: PreTrainedToke
     rows = []
     for row in data:
         ids = encode_row(tokenizer, row["prompt"], row["completion"])
+        if "completion_ids" in row:  # what was sampled: the text may have other tokens, and a cut-off one has no end
+            ids["completion_ids"] = row["completion_ids"]
         rows.append({**ids, "length": sum(map(len, ids.values())), "label": float(row["label"])})
     return Dataset.from_list(rows)
 

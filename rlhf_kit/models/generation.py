@@ -12,8 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_kit.rollout import Text
 
 
-@torch.no_grad()
 def generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], **options: Any
+) -> list[str]:
+    """`generate_ids`, decoded without special tokens."""
+    return tokenizer.batch_decode(generate_ids(model, tokenizer, prompts, **options), skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate_ids(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
@@ -22,8 +29,8 @@ def generate(
     temperature: float | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """One completion a prompt, decoded without special tokens: greedy, or sampled at `temperature`.
+) -> list[list[int]]:
+    """The tokens of one completion a prompt, greedy or sampled at `temperature`, up to the one that ends it.
 
     Prompts are text or messages (rendered with the tokenizer's chat template). `on_batch` is told how many rows
     are done.
@@ -34,22 +41,29 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature is not None:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    completions: list[str] = []
+    ends = eos_token_ids(model, tokenizer)
+    completions: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(tokenizer, prompts[start : start + batch_size])
         output = policy.generate(
             **{name: tensor.to(policy.device) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=eos_token_ids(model, tokenizer),
+            eos_token_id=ends,
             disable_compile=True,
             **sampling,
         )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
-        completions.extend(tokenizer.batch_decode(new_ids, skip_special_tokens=True))
+        completions.extend(_through_end(ids, ends) for ids in new_ids.tolist())
         on_batch(len(completions))
     model.train(was_training)
     return completions
+
+
+def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """`ids` without the padding behind the first token that ends a completion."""
+    length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:length]
 
 
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

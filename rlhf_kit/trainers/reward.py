@@ -143,7 +143,8 @@ def _load(stage: Reward, config: DataConfig) -> Dataset:
             f"objective {stage.objective} learns from {', '.join(columns)}, and the data have no "
             f"{' and no '.join(missing)}, only {', '.join(data.column_names)}: name them in `columns` of the data"
         )
-    return data.select_columns(list(columns))
+    kept = [name for name in (*columns, "completion_ids") if name in data.column_names]
+    return data.select_columns(kept if stage.objective == "ce" else list(columns))
 
 
 def _encoded(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_kit.data.config import DataConfig
-from rlhf_kit.data.load import load_data
+from rlhf_kit.data.load import SampledCompletion, load_data
 
 config = TypeAdapter(DataConfig).validate_python
 
@@ -251,7 +251,8 @@ SAMPLED = {"type": "sampled", "model": "any", "prompts": SUMS, "verifier": "exac
 
 def answers_and_mistakes(config, prompts):
     """For each prompt: its answer, a mistake, and its answer again."""
-    return [[answer, f"{answer}0", f"so {answer}"] for answer in prompts["answer"]]
+    texts = [[answer, f"{answer}0", f"so {answer}"] for answer in prompts["answer"]]
+    return [[SampledCompletion(text, [7, len(text)]) for text in group] for group in texts]
 
 
 def test_sampled_completions_are_labelled_by_the_verifier():
@@ -262,6 +263,7 @@ def test_sampled_completions_are_labelled_by_the_verifier():
     for label, completion, answer in zip(data["label"], data["completion"], data["answer"], strict=True):
         assert label == (completion.split()[-1] == answer)
     assert data["steps"][:3] == [prompts["steps"][0]] * 3
+    assert data["completion_ids"][:] == [[7, len(text)] for text in data["completion"]]
 
 
 def test_sampled_completions_of_conversations_are_messages():
@@ -275,7 +277,7 @@ def test_sampling_needs_a_sampler_that_keeps_its_word():
     with pytest.raises(ValueError, match="pass load_data a sampler"):
         load_data(config(SAMPLED))
     with pytest.raises(ValueError, match=r"gave \[2, 2, 2, 2\].* for 4 prompts, where 3 each"):
-        load_data(config(SAMPLED), lambda config, prompts: [["a", "b"]] * len(prompts))
+        load_data(config(SAMPLED), lambda config, prompts: [[SampledCompletion("a", [1])] * 2] * len(prompts))
 
 
 def test_a_row_that_the_verifier_cannot_judge_is_an_error():

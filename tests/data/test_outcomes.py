@@ -106,3 +106,10 @@ def test_a_batch_without_labels_has_none() -> None:
     batch = collate_outcomes([{"prompt_ids": [5], "completion_ids": []}], pad_token_id=0)
     assert set(batch) == {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
     assert batch["completion_ids"].shape == (1, 0) and batch["completion_ids"].dtype == torch.int64
+
+
+def test_what_was_sampled_is_what_is_learnt_from(tokenizer) -> None:
+    rows = [{"prompt": "1 =", "completion": "2 2", "completion_ids": [5, 9], "label": True}]
+    (row,) = encode_outcomes(rows, tokenizer)
+    assert row["completion_ids"] == [5, 9]  # no end token: the completion was cut off
+    assert row["length"] == len(row["prompt_ids"]) + 2
