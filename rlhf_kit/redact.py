@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-REDACTED = "[redacted]"
+REDACTED = "<redacted>"  # in brackets it would be a list in YAML
 
 # Names of secrets, and no more: `pad_token` and `max_new_tokens` are ordinary settings.
 _NAME = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.runs.heatmap import heatmap_page
 from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
 from rlhf_kit.runs.report import REPORT_FILE, write_report
+from rlhf_kit.runs.trackers import TENSORBOARD_FOLDER, show_samples, tracked
 from rlhf_kit.trainers.config import StageConfig
 from rlhf_kit.trainers.setup import StageRun
 
@@ -48,11 +48,17 @@ def run_pipeline(recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | N
         _open_folder(recipe)
     results = {}
     finished = "finished" in read_manifest(folder)
+    if main and not finished:
+        write_manifest(folder, interrupted=None)
     try:
         for name, stage in recipe.stages.items():
             results[name] = _run_stage(recipe, name, stage, functions or {}, main)
         if main and not finished:
             write_manifest(folder, finished=time.time())
+    except BaseException:
+        if main:
+            write_manifest(folder, interrupted=time.time())
+        raise
     finally:
         if main and not (finished and (folder / REPORT_FILE).is_file()):
             write_report(folder)
@@ -79,10 +85,11 @@ def _run_stage(
         stages = read_manifest(recipe.run_folder).get("stages", {})
         write_manifest(recipe.run_folder, stages={**stages, name: describe_stage(recipe, name)})
     started = time.time()
-    results = _runner(stage)(stage, run)
-    results["minutes"] = round((time.time() - started) / 60, 2)
-    if main:
-        _write(done, json.dumps(results, indent=2))
+    with tracked(recipe, name, folder) if main else nullcontext():
+        results = _runner(stage)(stage, run)
+        results["minutes"] = round((time.time() - started) / 60, 2)
+        if main:  # before a tracker is waited for
+            _write(done, json.dumps(results, indent=2))
     return results
 
 
@@ -91,7 +98,8 @@ def _watchers(folder: Path, name: str) -> list[TrainerCallback]:
     folder.mkdir(parents=True, exist_ok=True)
     if StageRun(folder).last_checkpoint() is None:
         (folder / METRICS_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)
+        for logged in (SAMPLES_FOLDER, TENSORBOARD_FOLDER):
+            shutil.rmtree(folder / logged, ignore_errors=True)
     return [MetricsCallback(folder), ProgressCallback(name)]
 
 
@@ -103,11 +111,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _log_samples(folder: Path, step: int, samples: list[dict[str, Any]]) -> None:
-    """Keep samples in the run folder and, where a wandb run is open, show their heat map there."""
+    """Keep samples in the run folder, and show them where the stage is tracked."""
     write_samples(folder, step, samples)
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.log({"samples": wandb.Html(heatmap_page(samples))}, commit=False)
+    show_samples(samples)
 
 
 def _runner(stage: StageConfig) -> Callable[[Any, StageRun], dict[str, Any]]:

@@ -184,6 +184,8 @@ def _began(stage: Stage) -> float:
 def _status(run: Run) -> str:
     if parse_time(run.manifest.get("finished")) is not None:
         return "finished"
+    if parse_time(run.manifest.get("interrupted")) is not None:
+        return "interrupted"
     newest = max((moment for stage in run.stages for moment in _times(stage)), default=0.0)
     return "running" if time.time() - newest < STILL_RUNNING_SECONDS else "interrupted"
 

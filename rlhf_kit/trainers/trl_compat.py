@@ -131,12 +131,15 @@ class CreditTrainer(GRPOTrainer):
     def _generate_and_log(self, prompts: list[Text]) -> Generated:
         """TRL's generation, with rows that ended by a stop string among those that it logs as terminated."""
         generated = super()._generate(prompts)
-        ended = [
-            (bool(ids) and ids[-1] in self.eos_token_ids) or self.ended_by_stop_string(ids) for ids in generated[1]
-        ]
-        lengths = torch.tensor([float(len(ids)) for ids in generated[1]], device=self.accelerator.device)
-        ended = cast(Tensor, self.accelerator.gather(torch.tensor(ended, device=lengths.device)))
-        lengths = cast(Tensor, self.accelerator.gather(lengths))[ended] if ended.any() else torch.zeros(1)
+        device = self.accelerator.device
+        stopped = torch.tensor([self.ended_by_stop_string(ids) for ids in generated[1]], device=device)
+        if not cast(Tensor, self.accelerator.gather(stopped)).any():
+            return generated
+        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}  # as TRL counts
+        ended = stopped | torch.tensor([not ends.isdisjoint(ids[-1:]) for ids in generated[1]], device=device)
+        lengths = torch.tensor([float(len(ids)) for ids in generated[1]], device=device)
+        ended = cast(Tensor, self.accelerator.gather(ended))
+        lengths = cast(Tensor, self.accelerator.gather(lengths))[ended]
         self.replace_metric("completions/clipped_ratio", 1 - ended.float().mean().item())
         for name, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
             self.replace_metric(f"completions/{name}_terminated_length", value.item())

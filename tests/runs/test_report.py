@@ -213,7 +213,7 @@ class TestReport:
     def test_shows_no_secret(self, run: Path) -> None:
         text = render_report(run)
         assert "hf_abcdefghijklmnopqrstuvwx" not in text
-        assert "[redacted]" in text
+        assert "&lt;redacted&gt;" in text
         assert "&lt;|pad|&gt;" in text  # a token of the vocabulary is none
 
     def test_a_secret_in_the_manifest_is_redacted_by_its_name(self, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_valid_arguments_pass_and_numbers_take_the_declared_type(given: dict, re
         ("sft", {"max_steps": 0}, ["max_steps: does not mean 'no steps'"]),
         ("sft", {"bf16": True, "fp16": True}, ["fp16: cannot be true beside bf16"]),
         ("sft", {"output_dir": "x"}, ["output_dir: is the kit's to set (value 'x')", "runs_dir"]),
-        ("sft", {"hub_token": "abc"}, ["hub_token: is the kit's to set (value [redacted])", "HF_TOKEN"]),
+        ("sft", {"hub_token": "abc"}, ["hub_token: is the kit's to set (value <redacted>)", "HF_TOKEN"]),
         ("sft", {"resume_from_checkpoint": "x"}, ["start the same command again"]),
         ("reward", {"beta": 0.1}, ["beta: is the kit's to set (value 0.1); set the stage's beta"]),
         ("ppo", {"beta": 0.04}, ["set credit.kl"]),
