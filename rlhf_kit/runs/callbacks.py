@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from rlhf_kit.runs.metrics import MetricsWriter, truncate_samples_after
+from rlhf_kit.runs.metrics import MetricsWriter, read_metrics, truncate_samples_after
 
 SHOWN = {"accuracy": "accuracy", "eval_accuracy": "held-out", "kl": "KL", "loss": "loss"}
 
@@ -23,16 +23,25 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self._writer = MetricsWriter(folder)
         self._folder = folder
+        self._logged: tuple[int, set[str]] = (-1, set())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.global_step > 0:
             self._writer.truncate_after(state.global_step)
             truncate_samples_after(self._folder, state.global_step)
+            before = [line for line in read_metrics(self._folder) if line.get("step") == state.global_step]
+            self._logged = state.global_step, {name for line in before for name in line}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         numbers = {key: value for key, value in (logs or {}).items() if _is_number(value)}
-        if state.is_world_process_zero and numbers:
+        step, known = self._logged
+        again = state.global_step == step and numbers.keys() <= known  # it was stopped behind its last checkpoint
+        if state.is_world_process_zero and numbers and not again:
             self._writer.write(state.global_step, numbers)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
 
 class ProgressCallback(TrainerCallback):
@@ -78,6 +87,10 @@ class ProgressCallback(TrainerCallback):
             self._console.print(f"{at}  {line}", soft_wrap=True, markup=False, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen and give the cursor back, however the stage ended."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -21,6 +21,7 @@ MANIFEST_FILE = "manifest.json"
 PACKAGES = (
     "rlhf-kit", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "wandb", "vllm"
 )  # fmt: skip
+FINGERPRINTED = ("*.safetensors", "*.bin", "*.gguf")
 
 
 def write_manifest(folder: Path, **fields: Any) -> None:
@@ -101,8 +102,8 @@ def _paths(config: Any, field: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _fingerprint(path: Path) -> str | None:
-    """SHA-256 of a file, or of a model folder's weights in the order of their names; None for anything else."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    """SHA-256 of a file, or of a folder's weights in the order of their names; None for anything else."""
+    files = [path] if path.is_file() else sorted(file for pattern in FINGERPRINTED for file in path.glob(pattern))
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
 
 from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
@@ -74,10 +73,11 @@ def _run_stage(
     done = folder / RESULT_FILE
     if done.is_file():
         return json.loads(done.read_text())
+    watchers = _watchers(folder, name) if main else ()
     run = StageRun(
         folder=folder,
         seed=recipe.seed,
-        callbacks=_watchers(folder, name) if main else (),
+        callbacks=watchers,
         functions=functions,
         log_samples=partial(_log_samples, folder) if main else None,
     )
@@ -85,7 +85,9 @@ def _run_stage(
         stages = read_manifest(recipe.run_folder).get("stages", {})
         write_manifest(recipe.run_folder, stages={**stages, name: describe_stage(recipe, name)})
     started = time.time()
-    with tracked(recipe, name, folder) if main else nullcontext():
+    with tracked(recipe, name, folder) if main else nullcontext(), ExitStack() as stack:
+        for watcher in watchers:
+            stack.enter_context(closing(watcher))
         results = _runner(stage)(stage, run)
         results["minutes"] = round((time.time() - started) / 60, 2)
         if main:  # before a tracker is waited for
@@ -93,14 +95,14 @@ def _run_stage(
     return results
 
 
-def _watchers(folder: Path, name: str) -> list[TrainerCallback]:
+def _watchers(folder: Path, name: str) -> tuple[MetricsCallback, ProgressCallback]:
     """The callbacks of a stage; what an attempt without a checkpoint has logged will be logged again."""
     folder.mkdir(parents=True, exist_ok=True)
     if StageRun(folder).last_checkpoint() is None:
         (folder / METRICS_FILE).unlink(missing_ok=True)
         for logged in (SAMPLES_FOLDER, TENSORBOARD_FOLDER):
             shutil.rmtree(folder / logged, ignore_errors=True)
-    return [MetricsCallback(folder), ProgressCallback(name)]
+    return MetricsCallback(folder), ProgressCallback(name)
 
 
 def _write(path: Path, text: str) -> None:
@@ -168,7 +170,7 @@ def _check_world_size(recipe: Recipe, world_size: int) -> None:
                 f"stage '{name}' was begun with {before} processes and cannot go on with {world_size}: start "
                 f"{before} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
             )
-    if before != world_size:
+    if before != world_size and "finished" not in read_manifest(recipe.run_folder):
         write_manifest(recipe.run_folder, world_size=world_size)
 
 

@@ -144,6 +144,13 @@ class TestStage:
         after = describe_stage(recipe, "sft")["inputs"]
         assert after["model.path"] != before["model.path"] and after["data.path"] == before["data.path"]
 
+    @pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin"])
+    def test_weights_of_other_formats_have_theirs(self, recipe: Recipe, tmp_path: Path, name: str) -> None:
+        for weights in (tmp_path / "base").glob("*.safetensors"):
+            weights.unlink()
+        (tmp_path / "base" / name).write_bytes(b"weights")
+        assert describe_stage(recipe, "sft")["inputs"]["model.path"] == sha256(b"weights")
+
     def test_a_file_larger_than_one_read_is_read_to_its_end(self, recipe: Recipe, tmp_path: Path) -> None:
         content = bytes(range(256)) * 5000
         (tmp_path / "data.jsonl").write_bytes(content)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_kit.errors import RunError
 from rlhf_kit.recipe import Recipe, load_recipe
+from rlhf_kit.runs import pipeline
+from rlhf_kit.runs.callbacks import ProgressCallback
 from rlhf_kit.runs.manifest import read_manifest, write_manifest
 from rlhf_kit.runs.metrics import read_metrics, read_samples
 from rlhf_kit.runs.pipeline import run_pipeline
@@ -294,6 +299,8 @@ def test_a_stage_stopped_between_its_last_update_and_its_result_takes_no_more_up
     assert {**results["ppo"], "minutes": 0} == {**finished[1]["ppo"], "minutes": 0}
     assert same(weights(copy.run_folder), weights(finished[0].run_folder))
     assert updates_logged(copy.run_folder) == list(range(1, UPDATES + 1))
+    evaluated = [line["step"] for line in read_metrics(copy.run_folder / "ppo") if "eval_accuracy" in line]
+    assert len(evaluated) == len(set(evaluated))
 
 
 # --- whose folder it is ---
@@ -364,6 +371,22 @@ def test_between_stages_the_number_of_processes_may_change(tmp_path: Path) -> No
     shutil.rmtree(recipe.run_folder / "ppo" / "checkpoints")  # the remedy that the message names
     assert run(recipe)["ppo"]["updates"] == UPDATES
     assert read_manifest(recipe.run_folder)["world_size"] == 1
+
+
+def test_a_finished_run_keeps_the_number_of_processes_that_it_was_made_with(copy: Recipe) -> None:
+    write_manifest(copy.run_folder, world_size=2)  # as a run of two processes would have left it
+    run(copy, untouchable)
+    assert read_manifest(copy.run_folder)["world_size"] == 2
+
+
+def test_an_interrupted_stage_takes_its_bar_off_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(pipeline, "ProgressCallback", partial(ProgressCallback, console=console))
+    interrupted(tmp_path, 3)
+    shown = console.file.getvalue()
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    assert shown.count(hide) == shown.count(show) == 2  # of both stages
 
 
 # --- secrets ---
