@@ -25,7 +25,7 @@ Stage = Sft | Reward | Ppo
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 PROCESS_ESTIMATORS = ("prime", "min_form")
 SMALLEST_RATE_OF_NARROW_WEIGHTS = 1e-4
-RESERVED_NAMES = ("kl", "truncation", "default")  # the kit's penalties, and the policy's adapter
+RESERVED_NAMES = ("kl", "truncation", "default", "ema")  # the kit's penalties and adapters
 
 
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:

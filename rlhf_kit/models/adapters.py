@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
+
+ADAPTER_FOLDER = "adapter"
 
 
 @contextmanager
@@ -57,12 +61,35 @@ def add_adapter_copy(model: PeftModel, name: str, of: str = "default") -> None:
         raise ValueError(f"cannot copy LoRA adapter '{of}' to '{name}': the model has {have}; choose another name")
     _recompute_with_own_adapter(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.add_adapter(name, model.peft_config[of])
+    config = cast(LoraConfig, model.peft_config[of])
+    model.add_adapter(name, replace(config, lora_dropout=0.0))  # the copy must score as the original does
     _set_requires_grad(flags)
     originals, copies = _adapter_parameters(model, of), _adapter_parameters(model, name)
     with torch.no_grad():
         for place, copy in copies.items():
             copy.copy_(originals[place]).requires_grad_(False)
+
+
+def load_second_adapter(model: PeftModel, name: str, folder: str) -> None:
+    """Add the frozen adapter in `folder` as `name`, on the base model that is there."""
+    _recompute_with_own_adapter(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = PeftConfig.from_pretrained(folder)
+    cast(LoraConfig, config).lora_dropout = 0.0
+    model.load_adapter(folder, name, peft_config=config, is_trainable=False)
+    _set_requires_grad(flags)
+
+
+def adapter_on(model: PeftModel, path: str) -> str | None:
+    """The folder of the adapter that `path` is or holds, if it was made for this model's base; else None.
+
+    A model that is a base with two adapters merged in keeps the second one beside its weights.
+    """
+    own = str(next(iter(model.peft_config.values())).base_model_name_or_path)
+    for folder in (Path(path), Path(path) / ADAPTER_FOLDER):
+        if (folder / "adapter_config.json").is_file():
+            return str(folder) if PeftConfig.from_pretrained(str(folder)).base_model_name_or_path == own else None
+    return None
 
 
 def _adapter_parameters(model: PeftModel, name: str) -> dict[tuple[str, str], nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from rlhf_kit.models.adapters import active_adapter, adapter_parameters
 from rlhf_kit.rollout import Rollout
 
 
@@ -103,3 +105,8 @@ class Scorer:
         """`token_outputs` of this scorer."""
         with self.activate():
             return token_outputs(self.model, *args, **kwargs)
+
+
+def adapter_scorer(model: PeftModel, name: str) -> Scorer:
+    """The adapter `name` of a model as a scorer; it shares the base with the model's other adapters."""
+    return Scorer(model, adapter_parameters(model, name), partial(active_adapter, model, name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -155,17 +154,17 @@ def _scorer(config: ImplicitPrmConfig, context: BuildContext) -> Scorer:
     """The PRM: a second adapter on the policy's base where there is one, else a model of its own."""
     from peft import PeftModel
 
-    from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
-    from rlhf_kit.models.scorer import Scorer
+    from rlhf_kit.models.adapters import adapter_on, add_adapter_copy, load_second_adapter
+    from rlhf_kit.models.scorer import adapter_scorer
 
-    if isinstance(context.policy, PeftModel) and config.path is None:
-        name = config.source_name
-        add_adapter_copy(context.policy, name)
-        return Scorer(
-            context.policy,
-            adapter_parameters(context.policy, name),
-            partial(active_adapter, context.policy, name),
-        )
+    if isinstance(context.policy, PeftModel):
+        trained = None if config.path is None else adapter_on(context.policy, config.path)
+        if trained is not None:
+            load_second_adapter(context.policy, config.source_name, trained)
+        elif config.path is None:
+            add_adapter_copy(context.policy, config.source_name)
+        if trained is not None or config.path is None:
+            return adapter_scorer(context.policy, config.source_name)
     return _whole_model(config.path, context, trainable=config.online is not None)
 
 

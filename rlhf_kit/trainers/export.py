@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from rlhf_kit.models.adapters import ADAPTER_FOLDER
 from rlhf_kit.models.config import ModelConfig, Pretrained
 from rlhf_kit.models.loading import holds_adapter, load_model
 from rlhf_kit.rewards.implicit_prm import PRM_RECORD, ImplicitPrm, ImplicitPrmConfig, read_prm_record
@@ -72,8 +73,9 @@ def _write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], ada
     if holds_adapter(str(model.peft_config[adapter].base_model_name_or_path)):
         dtype = str(model.dtype).removeprefix("torch.")
         merged = load_model(Pretrained.model_validate({"path": str(folder), "dtype": dtype}))
+        (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)  # for who has the base already (`adapter_on`)
         for name in ADAPTER_FILES:
-            (folder / name).unlink()
+            (folder / name).replace(folder / ADAPTER_FOLDER / name)
         merged.save_pretrained(str(folder))
 
 

@@ -94,7 +94,7 @@ class PpoTrainer(CreditTrainer):
         self.uses_kl = kl.coefficient > 0
         self.kl_coefficient = kl.coefficient
         self.reference = self._reference() if self.uses_kl or "reference" in self.needs else None
-        self.average = MovingAverage(policy, config.ema_decay) if "ema" in self.needs else None
+        self.average = MovingAverage(self.model, config.ema_decay) if "ema" in self.needs else None
         if self.average is not None:
             self.add_callback(FollowPolicy(self.average))
         self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
@@ -193,7 +193,7 @@ class PpoTrainer(CreditTrainer):
         if self.reference is not None:
             log_probs["reference"] = self.reference(rollout)
         if self.average is not None:
-            (log_probs["ema"],) = rollout_outputs(self.average.model, rollout)
+            log_probs["ema"] = self.average(rollout)
         return replace(rollout, logprobs=log_probs), state_values
 
     def _kit_rewards(self, rollout: Rollout, scores: Scores, truncated: Tensor) -> list[WeightedRewards]:

@@ -35,7 +35,7 @@ def save_state(trainer: PpoTrainer, folder: Path) -> None:
     if critic is not None:
         save_file(_contiguous(critic.state_dict()), folder / CRITIC_FILE)
     if trainer.average is not None:
-        save_file(_numbered(trainer.average.model.parameters()), folder / AVERAGE_FILE)
+        save_file(_numbered(trainer.average.parameters()), folder / AVERAGE_FILE)
     for source in trainer.scoring.sources:
         source_folder = folder / SOURCES_FOLDER / source.name
         source_folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def load_state(trainer: PpoTrainer, folder: Path) -> None:
     if critic is not None:
         critic.load_state_dict(load_file(folder / CRITIC_FILE))
     if trainer.average is not None:
-        _copy_into(trainer.average.model.parameters(), folder / AVERAGE_FILE)
+        _copy_into(trainer.average.parameters(), folder / AVERAGE_FILE)
     for source in trainer.scoring.sources:
         source_folder = folder / SOURCES_FOLDER / source.name
         update = trainer.scoring.online.get(source.name)

@@ -18,7 +18,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
     for value in (5.0, -3.0):
         nn.init.constant_(model.weight, value)
         average.update()
-        seen.append(average.model.weight.item())
+        seen.append(next(average.parameters()).item())
     assert seen == [0.75 * 1 + 0.25 * 5, 0.75 * 2 + 0.25 * -3]
     assert model.weight.item() == -3.0
 
@@ -26,11 +26,11 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
 def test_the_average_is_frozen_and_apart_from_the_model() -> None:
     model = nn.Linear(2, 2)
     average = MovingAverage(model, 0.9)
-    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+    assert not any(parameter.requires_grad for parameter in average.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    before = average.model.weight.clone()
+    before = next(average.parameters()).clone()
     nn.init.zeros_(model.weight)
-    assert torch.equal(average.model.weight, before)
+    assert torch.equal(next(average.parameters()), before)
 
 
 def test_the_average_scores_with_its_own_weights(make_model, rollout) -> None:
@@ -41,7 +41,7 @@ def test_the_average_scores_with_its_own_weights(make_model, rollout) -> None:
         before = rollout_outputs(model, rollout)[0]
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
-        assert torch.equal(rollout_outputs(average.model, rollout)[0], before)
+        assert torch.equal(average(rollout), before)
         assert not torch.equal(rollout_outputs(model, rollout)[0], before)
 
 
@@ -52,5 +52,5 @@ def test_a_critic_that_is_added_later_is_not_averaged(make_model) -> None:
     add_critic(model, ValueHead(16))
     nn.init.zeros_(model.lm_head.weight)
     average.update()
-    assert (average.model.lm_head.weight == 0).all()
-    assert not hasattr(average.model, "critic")
+    assert (average.scorer.model.lm_head.weight == 0).all()
+    assert not hasattr(average.scorer.model, "critic")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
+
+from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.loading import load_model
+from rlhf_kit.models.scorer import add_log_prob_head, rollout_outputs
+from rlhf_kit.trainers.export import export_model, export_sources
 
 LORA = {"peft": {"type": "lora", "r": 2, "alpha": 4}}
 WHOLE = {"peft": None}
@@ -278,7 +284,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(order, 
         assert all(map(torch.equal, before, after))
 
 
-def test_the_moving_average_follows_the_policy(train, policy_path) -> None:
+@pytest.mark.parametrize("peft", [WHOLE, LORA], ids=["whole", "lora"])
+def test_the_moving_average_follows_the_policy(peft, train) -> None:
     states = []
 
     class Copies(TrainerCallback):
@@ -286,24 +293,60 @@ def test_the_moving_average_follows_the_policy(train, policy_path) -> None:
             self.on_step_end(args, state, control, model)
 
         def on_step_end(self, args, state, control, model, **_):
-            states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            own = model.named_parameters() if peft == WHOLE else lora(model, "default").items()
+            states.append({name: p.detach().clone() for name, p in own if "critic" not in name})
 
     trainer = train(
         {"learning_rate": 1e-2},
         callbacks=[Copies()],
-        model=WHOLE,
+        model=peft,
         prm={"reference": "ema"},
         credit={"estimator": "gae"},  # whose critic is no part of the average
         ema_decay=0.75,
     )
     start, first, second = states
-    averages = dict(trainer.average.model.named_parameters())
-    assert not any("critic" in name for name in averages)
-    for name, average in averages.items():
+    for name, average in zip(start, trainer.average.parameters(), strict=True):
         expected = 0.75 * (0.75 * start[name] + 0.25 * first[name]) + 0.25 * second[name]
         torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-7)
     # The average is what the PRM is compared with: it scores with weights of its own.
-    ids = torch.tensor([[4, 5, 6, 9, 7, 8]])
+    (rollout, *_) = trainer.rollouts
     with torch.no_grad():
-        options = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "fused_lm_head": True}
-        assert not torch.equal(trainer.average.model(**options).log_probs, trainer.model(**options).log_probs)
+        assert not torch.equal(trainer.average(rollout), rollout.logprobs["behaviour"])
+
+
+# -- one base ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [1, 2], ids=["the base is a model", "the base is a model with an adapter"])
+def test_a_trained_adapter_shares_the_policys_base(levels, train, policy_path, tmp_path) -> None:
+    first = train({"learning_rate": 1e-2}, args={"max_steps": 1, "learning_rate": 1e-1})
+    start = policy_path
+    if levels == 2:
+        export_model(first, tmp_path / "start")
+        start = str(tmp_path / "start")
+        first = train({"learning_rate": 1e-2}, model={**LORA, "path": start}, args={"max_steps": 1})
+    export_sources(first, tmp_path)
+
+    trainer = train(None, model={**LORA, "path": start}, prm={"path": str(tmp_path / "prm")}, args={"max_steps": 1})
+    prm, (rollout,) = prm_of(trainer), trainer.rollouts
+    assert prm.scorer.model is trainer.model
+    assert not any(parameter.requires_grad for parameter in lora(trainer.model, "implicit_prm").values())
+    alone = load_model(Pretrained.model_validate({"path": str(tmp_path / "prm")}))
+    add_log_prob_head(alone)
+    with torch.no_grad():
+        expected, initial = rollout_outputs(alone, rollout)[0], load_model(Pretrained.model_validate({"path": start}))
+        torch.testing.assert_close(prm.scorer(rollout), expected, rtol=1e-4, atol=1e-5)
+        add_log_prob_head(initial)
+        assert (expected - rollout_outputs(initial, rollout)[0]).abs().max() > 1e-3
+
+
+def test_an_adapter_of_another_base_gets_a_model_of_its_own(train, policy_path, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(policy_path, other)
+    export_sources(train({"learning_rate": 1e-2}, model={**LORA, "path": str(other)}), tmp_path)
+    trainer = train(None, prm={"path": str(tmp_path / "prm")}, args={"max_steps": 1})
+    assert prm_of(trainer).scorer.model is not trainer.model
+
+
+def lora(model, adapter):
+    return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in name}
