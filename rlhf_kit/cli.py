@@ -93,7 +93,7 @@ def check(
     """Validate a recipe and print what it will run, without loading a model.
 
     Finds unknown and misspelt keys, wrong types, missing files, arguments that TRL does not know, batches that
-    do not divide into groups, and combinations that cannot work. Each error is one line with the field, its
+    do not divide into groups, data that lack a column, and combinations that cannot work. Each error is one line with the field, its
     value and what to do; the exit code is then 2.
 
     Examples:
@@ -172,6 +172,7 @@ def _load(
     """The recipe and the world size; on an error, its lines and the end of the process."""
     from rlhf_kit.problems import RecipeError
     from rlhf_kit.recipe import load_recipe
+    from rlhf_kit.recipe_data import check_data
     from rlhf_kit.world_size import world_size_of
 
     try:
@@ -182,7 +183,9 @@ def _load(
                 f"start them with ./launch.sh --config {config} {path}",
                 BAD_INPUT,
             )
-        return load_recipe(path, overrides, world_size), world_size
+        recipe = load_recipe(path, overrides, world_size)
+        check_data(recipe, path)
+        return recipe, world_size
     except RecipeError as error:
         _fail(str(error), BAD_INPUT)
 

@@ -120,7 +120,8 @@ def _dataset(task: str, params: Mapping[str, Any]) -> Any:
     try:
         return reasoning_gym.create_dataset(task, **params)
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"reasoning-gym's task {task!r} refuses params {dict(params)}: {error}") from error
+        given = {name: value for name, value in params.items() if name not in ("size", "seed")}
+        raise ValueError(f"reasoning-gym's task {task!r} refuses params {given}: {error}") from error
 
 
 def _spread(seed: int) -> int:

@@ -66,13 +66,15 @@ def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:
     """The trainer of a `ppo` stage."""
     args = ppo_args(stage, run)
     set_seed(args.seed)
+    train_dataset = load_data(stage.data)  # what may be wrong with it is said before a model is loaded
+    eval_dataset = load_data(stage.eval_data) if stage.eval_data is not None else None
     return PpoTrainer(
         config=stage,
         model=load_model(stage.model),
         processing_class=load_tokenizer(stage.model),
         args=args,
-        train_dataset=load_data(stage.data),
-        eval_dataset=load_data(stage.eval_data) if stage.eval_data is not None else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         functions=run.functions,
         callbacks=run.callbacks,
         log_samples=run.log_samples,

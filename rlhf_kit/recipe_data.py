@@ -1,0 +1,95 @@
+"""What can be known of a recipe's data without loading a model: files are read, tasks are made, columns are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_kit.data.config import DataConfig, Gsm8kSolutions, Jsonl, Parquet, ReasoningGym, Sampled
+from rlhf_kit.problems import Problem, RecipeError, listed
+from rlhf_kit.rewards.verifier import VerifierConfig
+from rlhf_kit.runs.config import Recipe
+from rlhf_kit.trainers.config import Ppo, Reward, Sft
+
+LARGEST_FILE = 64 * 2**20  # bytes; a larger one is read when its stage begins
+VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reasoning_gym_entry"}
+
+
+def check_data(recipe: Recipe, source: object) -> None:
+    """Read the data that are on this machine, and one row of each generated task, as every stage will.
+
+    Raises:
+        RecipeError: with every data set that a stage cannot use; `source` is what the recipe is called.
+    """
+    problems: list[Problem] = []
+    seen: dict[str, tuple[str, ...] | str] = {}
+    for name, stage in recipe.stages.items():
+        prefix = "" if recipe.single else f"stages.{name}"
+        for field, config, needed in _needs(stage):
+            key = config.model_dump_json()
+            if key not in seen:
+                seen[key] = _columns(config)
+            problems += [problem.under(prefix) for problem in _problems(field, seen[key], needed)]
+    if problems:
+        raise RecipeError(source, problems)
+
+
+def _problems(field: str, columns: tuple[str, ...] | str, needed: dict[str, str]) -> Iterator[Problem]:
+    if isinstance(columns, str):
+        yield Problem(field, columns)
+        return
+    for column, reader in needed.items():
+        if columns and column not in columns:
+            remedy = f"name the one that holds it, as in columns: {{{column}: {columns[-1]}}}"
+            yield Problem(field, f"{reader} reads {column}, and there is only {listed(columns)}", remedy=remedy)
+
+
+def _columns(config: DataConfig) -> tuple[str, ...] | str:
+    """The columns of a data set, none where it is not at hand; or what is wrong with it."""
+    if isinstance(config, Jsonl | Parquet | Gsm8kSolutions):
+        path = Path(config.path)
+        if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+            return ()
+    elif isinstance(config, ReasoningGym):
+        config = config.model_copy(update={"size": 1, "skip": 0, "limit": None})
+    else:
+        return ()
+    from rlhf_kit.data.load import load_data
+
+    try:
+        return tuple(load_data(config).column_names)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _needs(stage: Sft | Reward | Ppo) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
+    """Every data set of a stage: its field, its configuration, and who reads which of its columns."""
+    yield from _prompts_of("data", stage.data, _read_in_training(stage))
+    if stage.eval_data is None:
+        return
+    if isinstance(stage, Reward):
+        yield from _prompts_of("eval_data", stage.eval_data, _read_in_training(stage))
+    else:
+        verifier = stage.evaluation and stage.evaluation.verifier
+        yield "eval_data", stage.eval_data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"} if verifier else {}
+
+
+def _prompts_of(
+    field: str, config: DataConfig, needed: dict[str, str]
+) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
+    if isinstance(config, Sampled):
+        verifier = config.verifier
+        yield f"{field}.prompts", config.prompts, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"}
+    else:
+        yield field, config, needed
+
+
+def _read_in_training(stage: Sft | Reward | Ppo) -> dict[str, str]:
+    if isinstance(stage, Sft):
+        return {"completion": "sft"}
+    if isinstance(stage, Reward):
+        columns = ("chosen", "rejected") if stage.objective in ("dpo", "nca") else ("completion", "label")
+        return dict.fromkeys(columns, f"objective {stage.objective}")
+    verifiers = [source.verifier for source in stage.rewards if isinstance(source, VerifierConfig)]
+    needed = {VERIFIER_COLUMN[verifier]: f"verifier {verifier}" for verifier in verifiers}
+    return {**needed, **({stage.step_truth.column: "step_truth"} if stage.step_truth else {})}

@@ -1,0 +1,118 @@
+"""What is wrong with a recipe's data is found without a model: each error names the field, and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_kit.cli import app
+from rlhf_kit.problems import RecipeError
+from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_data import check_data
+
+MODEL = {"type": "scratch", "vocabulary": "running_sums"}
+ROWS = [{"prompt": "1 + 1 =", "gold": "2", "said": "2"}]
+GYM = {"type": "reasoning_gym", "task": "chain_sum", "size": 10}
+SFT = {"type": "sft", "model": MODEL}
+REWARD = {"type": "reward", "model": {"path": "owner/name"}}
+PPO = {
+    "type": "ppo",
+    "model": {"path": "owner/name"},
+    "credit": {"estimator": "rloo"},
+    "trainer": {"args": {"per_device_train_batch_size": 4, "num_generations": 4}},
+}
+
+
+def verifier(name: str) -> dict[str, Any]:
+    return {"rewards": [{"type": "verifier", "verifier": name}]}
+
+
+@pytest.fixture
+def problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The lines that `check_data` says of a recipe, without its name; the folder has `rows.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+
+    def check(content: dict[str, Any]) -> list[str]:
+        Path("recipe.yaml").write_text(json.dumps(content))
+        try:
+            check_data(load_recipe("recipe.yaml"), "recipe.yaml")
+        except RecipeError as error:
+            return [str(problem) for problem in error.problems]
+        return []
+
+    return check
+
+
+def jsonl(**fields: Any) -> dict[str, Any]:
+    return {"type": "jsonl", "path": "rows.jsonl", **fields}
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({**SFT, "data": jsonl()}, "data: sft reads completion, and there is only prompt, gold, said"),
+        ({**REWARD, "data": jsonl(columns={"completion": "said"})}, "data: objective ce reads label"),
+        ({**REWARD, "objective": "dpo", "data": jsonl(columns={"chosen": "said"})}, "objective dpo reads rejected"),
+        ({**PPO, **verifier("math"), "data": jsonl()}, "data: verifier math reads answer"),
+        ({**PPO, **verifier("reasoning_gym"), "data": jsonl()}, "verifier reasoning_gym reads reasoning_gym_entry"),
+        ({**PPO, **verifier("exact"), "data": jsonl(columns={"answer": "golden"})}, "data: rows.jsonl: columns maps"),
+        (
+            {**PPO, **verifier("exact"), "data": jsonl(columns={"answer": "gold"}), "step_truth": {"column": "steps"}},
+            "data: step_truth reads steps",
+        ),
+        (
+            {
+                **PPO,
+                **verifier("exact"),
+                "data": jsonl(columns={"answer": "gold"}),
+                "eval_data": jsonl(),
+                "evaluation": {"verifier": "math"},
+            },
+            "eval_data: verifier math reads answer",
+        ),
+        ({**SFT, "data": {**GYM, "task": "chain_sums"}}, "data: reasoning-gym has no task 'chain_sums': did you mean"),
+        ({**SFT, "data": {**GYM, "params": {"min_term": 2}}}, "refuses params {'min_term': 2}"),
+    ],
+)
+def test_what_a_stage_cannot_use_is_said_with_its_field(stage: dict[str, Any], said: str, problems: Any) -> None:
+    (problem,) = problems(stage)
+    assert said in problem
+
+
+def test_the_remedy_names_a_column_that_is_there(problems: Any) -> None:
+    (problem,) = problems({**SFT, "data": jsonl()})
+    assert problem.endswith("name the one that holds it, as in columns: {completion: said}")
+
+
+def test_every_data_set_of_every_stage_is_read(problems: Any) -> None:
+    sampled = {"type": "sampled", "model": "owner/name", "verifier": "exact", "prompts": jsonl()}
+    found = problems({"stages": {"first": {**SFT, "data": jsonl()}, "second": {**REWARD, "data": sampled}}})
+    assert [line.partition(":")[0] for line in found] == ["stages.first.data", "stages.second.data.prompts"]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {**SFT, "data": GYM},
+        {**SFT, "data": jsonl(columns={"completion": "said"})},
+        {**PPO, **verifier("reasoning_gym"), "data": GYM, "eval_data": GYM, "evaluation": {"verifier": "math"}},
+        {**PPO, **verifier("exact"), "data": jsonl(columns={"answer": "gold"})},
+        {**PPO, **verifier("exact"), "data": {"type": "hub", "path": "owner/data"}},  # not on this machine
+    ],
+)
+def test_data_that_will_do_are_no_problem(stage: dict[str, Any], problems: Any) -> None:
+    assert problems(stage) == []
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_the_commands_say_it_before_anything_runs(command: str, problems: Any) -> None:
+    problems({**PPO, **verifier("math"), "data": jsonl()})
+    result = CliRunner().invoke(app, [command, "recipe.yaml"])
+    assert result.exit_code == 2
+    assert "recipe.yaml: data: verifier math reads answer" in result.output
+    assert not Path("runs").exists()
