@@ -93,8 +93,8 @@ def check(
     """Validate a recipe and print what it will run, without loading a model.
 
     Finds unknown and misspelt keys, wrong types, missing files, arguments that TRL does not know, batches that
-    do not divide into groups, data that lack a column, and combinations that cannot work. Each error is one line with the field, its
-    value and what to do; the exit code is then 2.
+    do not divide into groups, data that lack a column, and combinations that cannot work. Each error is one
+    line with the field, its value and what to do; the exit code is then 2.
 
     Examples:
 
