@@ -18,6 +18,7 @@ from transformers import (
 
 from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Lora, Pretrained, Scratch
 from rlhf_kit.models.tokenizers import word_level_tokenizer
+from rlhf_kit.models.zero3 import load_undivided
 
 
 def load_tokenizer(config: Pretrained | Scratch) -> PreTrainedTokenizerBase:
@@ -50,6 +51,12 @@ def load_model(config: Pretrained | Scratch, peft: Lora | None = None) -> PreTra
     model = _pretrained(config)
     lora = peft or config.peft
     return get_peft_model(model, lora_config(lora)) if lora is not None else model
+
+
+def load_copy(config: Pretrained | Scratch) -> PreTrainedModel:
+    """A frozen whole model outside the policy's engine, the same on every process."""
+    model = load_undivided(lambda: cast(PreTrainedModel, load_model(config.model_copy(update={"peft": None}))))
+    return model.requires_grad_(False).eval()
 
 
 def lora_config(lora: Lora) -> LoraConfig:

@@ -172,20 +172,18 @@ def _whole_model(path: str | None, context: BuildContext, trainable: bool) -> Sc
     from torch import nn
     from trl.trainer.utils import disable_dropout_in_model
 
-    from rlhf_kit.models.loading import load_model
+    from rlhf_kit.models.loading import load_copy
     from rlhf_kit.models.scorer import Scorer, add_log_prob_head
 
     policy = context.policy_config
     if not isinstance(policy, Pretrained):
         raise ValueError("an implicit PRM needs a policy with weights to start from; train it by an sft stage first")
-    changes: dict[str, str | None] = {"peft": None}
+    changes: dict[str, str | None] = {}
     if path is not None and path != policy.path:
         changes |= {"path": path, "revision": None, "gguf_file": None}
-    model = load_model(policy.model_copy(update=changes))
-    add_log_prob_head(model, context.temperature)
-    module = cast(nn.Module, model)
+    module = cast(nn.Module, load_copy(policy.model_copy(update=changes)).train())
+    add_log_prob_head(cast(Any, module), context.temperature)
     disable_dropout_in_model(module)
-    module.requires_grad_(False)
     return Scorer(module.to(context.device), list(module.parameters()) if trainable else [])
 
 

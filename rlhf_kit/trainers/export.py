@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from rlhf_kit.models.adapters import ADAPTER_FOLDER
 from rlhf_kit.models.config import ModelConfig, Pretrained
 from rlhf_kit.models.loading import holds_adapter, load_model
+from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rewards.implicit_prm import PRM_RECORD, ImplicitPrm, ImplicitPrmConfig, read_prm_record
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def export_sources(trainer: PpoTrainer, folder: Path) -> None:
         if not (isinstance(source, ImplicitPrm) and source.trainable_parameters()):
             continue
         target = folder / "prm" if config.source_name == config.type else folder / "prm" / config.source_name
-        if trainer.accelerator.is_main_process:
-            adapter = config.source_name if isinstance(source.scorer.model, PeftModel) else "default"
-            write_model(source.scorer.model, target, trainer.processing_class, adapter=adapter)
-            write_prm_record(target, source.config.beta, reference_of(source.config, trainer.config.model))
+        with whole(source.trainable_parameters()):
+            if trainer.accelerator.is_main_process:
+                adapter = config.source_name if isinstance(source.scorer.model, PeftModel) else "default"
+                write_model(source.scorer.model, target, trainer.processing_class, adapter=adapter)
+                write_prm_record(target, source.config.beta, reference_of(source.config, trainer.config.model))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rollout import RewardSource, Rollout
 from rlhf_kit.trainers.rollouts import Ranks
 
@@ -42,11 +43,12 @@ class OnlineUpdate:
             return {}
         with self._trainable():
             loss = self._backward(rollout, outcomes, valid, count)
-            self._reduce_gradients()
-            norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-            sound = bool(torch.isfinite(norm) & torch.isfinite(loss))
-            if sound:
-                self.optimizer.step()
+            with whole(self._parameters, modify=True):
+                self._reduce_gradients()
+                norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+                sound = bool(torch.isfinite(norm) & torch.isfinite(loss))
+                if sound:
+                    self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.item(), "grad_norm": norm.item(), "skipped": float(not sound)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,11 @@ from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
-from rlhf_kit.models.adapters import active_adapter
+from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
 from rlhf_kit.models.critic import add_critic, values_of_completion
 from rlhf_kit.models.ema import MovingAverage
-from rlhf_kit.models.loading import load_model
-from rlhf_kit.models.scorer import Scorer, add_log_prob_head, rollout_outputs
+from rlhf_kit.models.loading import load_copy
+from rlhf_kit.models.scorer import Scorer, adapter_scorer, add_log_prob_head, rollout_outputs
 from rlhf_kit.models.stopping import ends_with_stop_string, generate_until
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rollout import Rollout, Text
@@ -94,7 +93,7 @@ class PpoTrainer(CreditTrainer):
         self.uses_kl = kl.coefficient > 0
         self.kl_coefficient = kl.coefficient
         self.reference = self._reference() if self.uses_kl or "reference" in self.needs else None
-        self.average = MovingAverage(self.model, config.ema_decay) if "ema" in self.needs else None
+        self.average = self._average() if "ema" in self.needs else None
         if self.average is not None:
             self.add_callback(FollowPolicy(self.average))
         self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
@@ -311,6 +310,10 @@ class PpoTrainer(CreditTrainer):
         """The step of the last evaluation."""
         return self.evaluations[-1][0] if self.evaluations else None
 
+    def kit_parameters(self) -> list[torch.nn.Parameter]:
+        learnt = [parameter for source in self.scoring.sources for parameter in source.trainable_parameters()]
+        return [*critic_parameters(self.model), *learnt, *(self.average.parameters() if self.average else ())]
+
     def save_kit_state(self, folder: Path) -> None:
         save_state(self, folder)
 
@@ -337,9 +340,22 @@ class PpoTrainer(CreditTrainer):
         """The policy's initial weights: its base model with LoRA, else a frozen second copy."""
         if isinstance(self.model, PeftModel):
             return Scorer(self.model, [], partial(active_adapter, self.model, None))
-        model = load_model(self.config.model).requires_grad_(False).eval()
+        return Scorer(self._copy_of_policy(), [])
+
+    def _copy_of_policy(self) -> PreTrainedModel:
+        """The policy's initial weights as a model of its own, with the log-prob head."""
+        model = load_copy(self.config.model)
         add_log_prob_head(model, self.temperature)
-        return Scorer(model.to(self.accelerator.device), [], nullcontext)
+        return model.to(self.accelerator.device)
+
+    def _average(self) -> MovingAverage:
+        if isinstance(self.model, PeftModel):
+            add_adapter_copy(self.model, "ema")
+            scorer, followed = adapter_scorer(self.model, "ema"), adapter_parameters(self.model, "default")
+        else:
+            copy = self._copy_of_policy()
+            scorer, followed = Scorer(copy, list(copy.parameters())), list(self.model.parameters())
+        return MovingAverage(scorer, followed, self.config.ema_decay)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimiser, with the critic and a joint PRM in groups of their own learning rates."""

@@ -26,7 +26,7 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import auc
 from rlhf_kit.models.adapters import active_adapter
 from rlhf_kit.models.config import Scratch
-from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.models.loading import load_copy, load_model, load_tokenizer
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, token_outputs
 from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.export import export_model, write_prm_record
@@ -248,11 +248,13 @@ def _base(model: PeftModel) -> Scorer:
 
 
 def _frozen(stage: Reward, device: torch.device, head: bool = True) -> Scorer:
-    """A model of its own; TRL's trainers add the head themselves."""
-    model = load_model((stage.reference or stage.model).model_copy(update={"peft": None}))
-    if head:
-        add_log_prob_head(model)
-    return Scorer(cast(nn.Module, model).requires_grad_(False).eval().to(device), [])
+    """A model of its own; TRL's trainers add the head themselves, and divide it as they do the PRM."""
+    config = (stage.reference or stage.model).model_copy(update={"peft": None})
+    if not head:
+        return Scorer(cast(nn.Module, load_model(config)).requires_grad_(False).eval().to(device), [])
+    model = load_copy(config)
+    add_log_prob_head(model)
+    return Scorer(model.to(device), [])
 
 
 def _reference_path(stage: Reward) -> str:

@@ -18,6 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rollout import Text
 from rlhf_kit.trainers.export import without_kit_modules
 
@@ -190,18 +191,23 @@ class CreditTrainer(GRPOTrainer):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
+    def kit_parameters(self) -> Iterable[nn.Parameter]:
+        """What the kit adds to the policy and its engine does not keep."""
+        return ()
+
     def save_kit_state(self, folder: Path) -> None:
-        """Write what the kit adds to a checkpoint."""
+        """Write what the kit adds to a checkpoint; called on the main process."""
 
     def load_kit_state(self, folder: Path) -> None:
-        """Read back what `save_kit_state` wrote."""
+        """Read back what `save_kit_state` wrote; called on every process."""
 
     def _save_checkpoint(self, model, trial):
         # Before the rest: the trainer's state is written last, and says that the checkpoint is whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / "kit"
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.save_kit_state(folder)
+        with whole(self.kit_parameters()):
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.save_kit_state(folder)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -210,11 +216,17 @@ class CreditTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.load_kit_state(Path(resume_from_checkpoint) / "kit")
+        self._load_kit(resume_from_checkpoint)
+
+    def _load_kit(self, checkpoint: str) -> None:
+        with whole(self.kit_parameters(), modify=True):
+            self.load_kit_state(Path(checkpoint) / "kit")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            if self.is_deepspeed_enabled:  # which reads its checkpoint in a way of its own
+                self._load_kit(checkpoint)
             # Without this the first rollout after a resume would not be generated at a boundary.
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
 
