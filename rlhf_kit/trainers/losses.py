@@ -1,4 +1,4 @@
-"""Losses beside the policy's, summed over the live tokens (or averaged over the live rows) of a batch."""
+"""Losses beside the policy's, summed over the live tokens (or rows) of a batch."""
 
 from __future__ import annotations
 
@@ -36,13 +36,12 @@ def kl_of(
 def joint_prm_loss_of(
     output: ActorCriticOutput, batch: Mapping[str, Any], mask: Bool[Tensor, "B T"], beta: float
 ) -> Float[Tensor, ""]:
-    """The PRM's cross-entropy on outcome labels, mean over the rows that have a live token."""
+    """The PRM's cross-entropy on outcome labels, summed over the rows that have a live token."""
     assert output.prm_log_probs is not None
     log_probs = output.prm_log_probs[:, -mask.shape[1] :]
     rewards = implicit_rewards(log_probs, batch["prm_reference"], mask, beta)
     rows = outcome_cross_entropy(rewards, batch["prm_labels"], batch["prm_offsets"])
-    live = mask.any(dim=1)
-    return masked_by(live, rows).sum() / live.sum().clamp(min=1)
+    return masked_by(mask.any(dim=1), rows).sum()
 
 
 def value_loss(

@@ -241,11 +241,12 @@ class PpoTrainer(CreditTrainer):
 
     def _drop_rows(self, batch: Batch, rollout: Rollout, valid: Tensor) -> None:
         """Rows that do not count leave the policy, KL, entropy and value losses, and the token count of all."""
+        live = rollout.action_mask & valid[:, None]
         if not bool(valid.all()):
-            live = rollout.action_mask & valid[:, None]
             batch["tool_mask"] = live.to(batch["completion_mask"].dtype)
-        live_tokens = (rollout.action_mask & valid[:, None]).sum()
-        batch["num_items_in_batch"] = self.ranks.sum(live_tokens)
+        batch["num_items_in_batch"] = self.ranks.sum(live.sum())
+        if self.joint_prm is not None:
+            batch["prm_rows"] = self.ranks.sum(live.any(dim=1).sum())
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -263,24 +264,28 @@ class PpoTrainer(CreditTrainer):
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
         self.guard.add_live_tokens(mask)
-        tokens = self.tokens_per_update(batch)
+        tokens = self.share_of_update(batch["num_items_in_batch"])
         losses = []
         if self.critic_config is not None:
             loss = value_loss_of(output, batch, mask, self.critic_config.clip) / tokens
-            self.log_metric("value/loss", loss.item())
+            self._log_loss("value/loss", loss)
             losses.append(self.critic_config.coefficient * loss)
         if "reference_logprobs" in batch:
             penalty = kl_of(output, batch, mask, self.config.credit.kl.estimator) / tokens
             losses.append(self.kl_coefficient * self.policy_loss_scale() * penalty)
         if self.joint_prm is not None:
-            loss = joint_prm_loss_of(output, batch, mask, self.joint_prm.config.beta)
+            rows = self.share_of_update(batch["prm_rows"])
+            loss = joint_prm_loss_of(output, batch, mask, self.joint_prm.config.beta) / rows
             if self.first_pass_over_rollout:
-                self.log_metric(f"prm/{self.joint_prm.name}/loss", loss.item())
+                self._log_loss(f"prm/{self.joint_prm.name}/loss", loss)
             self._joint_prm_learns |= self.first_pass_over_rollout
             # In later passes the PRM's parameters stay in the graph: DDP waits for the gradient of each.
-            scale = float(self.first_pass_over_rollout) / self.current_gradient_accumulation_steps
-            losses.append(loss * scale)
+            losses.append(loss * float(self.first_pass_over_rollout))
         return torch.stack(losses).sum() if losses else None
+
+    def _log_loss(self, name: str, loss: Tensor) -> None:
+        """Log a micro-batch's share of an update's mean over all ranks."""
+        self.log_metric(name, self.ranks.mean(loss.detach()).item() * self.current_gradient_accumulation_steps)
 
     def policy_loss_scale(self) -> float:
         return 0.0 if self._critic_warms_up() else 1.0

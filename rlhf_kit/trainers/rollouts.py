@@ -91,6 +91,10 @@ class Ranks:
         own = tensor[start : start + len(like)]
         return own[:, : like.shape[1]] if like.ndim > 1 and own.ndim > 1 else own
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Elementwise mean over ranks."""
+        return cast(Tensor, self._accelerator.reduce(tensor, reduction="mean"))
+
     def all_objects(self, values: list[Any]) -> list[Any]:
         """Python objects of every rank in one list."""
         return gather_object(values)

@@ -253,10 +253,14 @@ class CreditTrainer(GRPOTrainer):
             log.pop()
         log.extend(advantages)
 
-    def tokens_per_update(self, batch: Batch) -> Tensor:
-        """TRL's own normaliser of `dapo`: the token count of all ranks, scaled to one window of accumulation."""
-        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+    def share_of_update(self, count: Tensor) -> Tensor:
+        """From the tokens (or rows) of a rollout, over all ranks, to what a sum over a micro-batch is divided by.
+
+        The gradients of an update, added over its micro-batches and averaged over ranks, are then those of the mean.
+        It is TRL's own normaliser of `dapo`.
+        """
+        per_rank = count.clamp(min=1.0) / self.accelerator.num_processes
+        return per_rank * self.current_gradient_accumulation_steps / self.args.steps_per_generation
 
     @property
     def micro_step(self) -> int:

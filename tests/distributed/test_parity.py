@@ -1,0 +1,173 @@
+"""Two processes under DDP, ZeRO-2 and ZeRO-3 learn what one process learns from the same rollouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_kit.data.tasks import running_sums_vocabulary
+from rlhf_kit.models.tokenizers import word_level_tokenizer
+
+from .conftest import WORLDS
+
+ROWS_PER_UPDATE = 16
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+LORA = {"peft": {"type": "lora", "r": 2, "alpha": 8}}
+
+
+def prm(**fields: Any) -> dict[str, Any]:
+    return {"type": "implicit_prm", "beta": 0.5, "online": {"learning_rate": 1.0, **fields.pop("online", {})}, **fields}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "value head and online PRM": {
+        "rewards": [prm()],
+        "credit": {"estimator": "gae", "kl": {"coefficient": 0.05}},
+    },
+    "LoRA, accumulated, two iterations, chat template": {
+        "model": {**LORA, "chat_template": CHAT},
+        "data": {"chat": True},
+        "rewards": [prm(reference="initial", offset="prompt")],
+        "credit": {"estimator": "gae", "kl": {"coefficient": 0.05, "where": "loss", "estimator": "k3"}},
+        "args": {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4},
+    },
+    "PRM in the policy's engine": {
+        "rewards": [prm(online={"order": "with_policy"})],
+        "credit": {"estimator": "gae"},
+    },
+    "LoRA PRM in the policy's engine, accumulated, prompts outside the band masked": {
+        "model": LORA,
+        "rewards": [prm(online={"order": "with_policy"})],
+        "credit": {"estimator": "gae"},
+        "accuracy_band": {"low": 0.2, "high": 0.8},
+        "args": {"gradient_accumulation_steps": 2},
+    },
+    "prime, average as reference, prompts outside the band masked": {
+        "rewards": [prm(reference="ema")],
+        "credit": {"estimator": "prime"},
+        "accuracy_band": {"low": 0.2, "high": 0.8},
+        "truncation": {"policy": "mask"},
+    },
+    "LoRA, prime, average as reference": {
+        "model": LORA,
+        "rewards": [prm(reference="ema")],
+        "credit": {"estimator": "prime", "horizon": "immediate"},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Llama and prompts of several lengths."""
+    folder = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    tokenizer = word_level_tokenizer(tuple(running_sums_vocabulary(7)))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    digits = [(i % 7, i // 7, 3 * i % 7, 5 * i % 7)[: 2 + i % 3] for i in range(40)]  # every prompt once
+    prompts = [f"{' '.join(map(str, row))} =" for row in digits]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return folder
+
+
+def case(name: str, policy: Path, processes: int, replay: Path | None = None) -> dict[str, Any]:
+    """A case of the plan, with the same rows an update in every world and TRL's default of checkpointing."""
+    fields = CASES[name]
+    accumulated = fields.get("args", {}).get("gradient_accumulation_steps", 1)
+    args = {
+        "per_device_train_batch_size": ROWS_PER_UPDATE // accumulated // processes,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": 3,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "logging_steps": 1,
+        **fields.get("args", {}),
+    }
+    stage = {
+        "type": "ppo",
+        **{key: value for key, value in fields.items() if key != "args"},
+        "model": {"path": str(policy), **fields.get("model", {})},
+        "data": {"type": "jsonl", "path": str(policy / "prompts.jsonl"), **fields.get("data", {})},
+        "rewards": [{"type": "function", "function": "odd", "bounded": True}, *fields["rewards"]],
+        "trainer": {"args": args},
+    }
+    number = str(list(CASES).index(name))
+    return {"name": number, "stage": stage, **({"replay": str(replay / f"{number}.rollouts.json")} if replay else {})}
+
+
+Outcome = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]
+
+
+def outcomes(folder: Path) -> Outcome:
+    def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        number = list(CASES).index(name)
+        return load_file(folder / f"{number}.safetensors"), json.loads((folder / f"{number}.json").read_text())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def one_folder(alone: Any, policy: Path) -> Path:
+    return alone([case(name, policy, 1) for name in CASES])
+
+
+@pytest.fixture(scope="session", params=WORLDS)
+def two(request: pytest.FixtureRequest, together: Any, policy: Path, one_folder: Path) -> tuple[str, Outcome]:
+    cases = [case(name, policy, 2, one_folder) for name in CASES]
+    return request.param, outcomes(together(request.param, cases))
+
+
+@pytest.fixture(scope="session")
+def one(one_folder: Path) -> Outcome:
+    return outcomes(one_folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_learn_what_one_does(name: str, one: Outcome, two: tuple[str, Outcome]) -> None:
+    world, outcome = two
+    (expected, alone), (found, together) = one(name), outcome(name)
+    stage = {"cpu_ddp": None, "zero2": 2, "zero3": 3}[world]
+    assert (alone["world_size"], alone["distributed_type"]) == (1, "NO")
+    assert (together["world_size"], together["zero_stage"]) == (2, stage)
+    assert together["distributed_type"] == ("MULTI_CPU" if stage is None else "DEEPSPEED")
+    assert together["checkpointing"] and together["steps"] == alone["steps"] >= 3
+
+    assert found.keys() == expected.keys()
+    for key in expected:
+        if key.startswith("moved."):
+            size = expected[key].norm()
+            assert size > 0, key
+            assert (found[key] - expected[key]).norm() / size <= 1e-3, key
+        else:
+            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_log_what_one_does(name: str, one: Outcome, two: tuple[str, Outcome]) -> None:
+    ours = ("rewards/", "credit/", "prm/", "value/", "kl", "reward", "completions/", "accuracy")
+    for before, after in zip(one(name)[1]["logs"], two[1](name)[1]["logs"], strict=True):
+        compared = [key for key in before if key.startswith(ours)]
+        assert compared
+        for key in compared:
+            assert after[key] == pytest.approx(before[key], abs=2e-4, rel=1e-3), key
