@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rollout import Text
 from rlhf_kit.trainers.export import without_kit_modules
 
+PROGRESS_FILE = "progress-{rank}.pt"
 Batch = dict[str, Any]
 Row = dict[str, Any]
 Generated = tuple[Any, ...]
@@ -38,6 +40,17 @@ class ForwardRecorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.output = self._model(*args, **kwargs, **self._options)
         return self.output
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order in an epoch can be found again without the epochs before."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be that of `epoch`: TRL draws one permutation after the other from one generator."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 class CreditTrainer(GRPOTrainer):
@@ -61,6 +74,7 @@ class CreditTrainer(GRPOTrainer):
         super().__init__(*args, reward_funcs=cast(Any, [_placeholder(name) for name in reward_names]), **kwargs)
         self._texts: tuple[list[Text], list[Text]] = ([], [])
         self._prepared: Generated | None = None
+        self._progress: dict[str, Any] | None = None
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -204,11 +218,47 @@ class CreditTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         # Before the rest: the trainer's state is written last, and says that the checkpoint is whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / "kit"
+        folder.mkdir(parents=True, exist_ok=True)
         with whole(self.kit_parameters()):
             if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
                 self.save_kit_state(folder)
+        self._save_progress(folder)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every rank's files are there before the state says so
+
+    def _save_progress(self, folder: Path) -> None:
+        """Write what TRL and transformers forget: the rollout that is in use, and what has not been logged yet."""
+        in_use = self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) != 0
+        progress = {
+            "micro_step": self._step,
+            "rollout": self._buffered_inputs if in_use else None,
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+        torch.save(progress, folder / PROGRESS_FILE.format(rank=self.accelerator.process_index))
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        self._step, self._buffered_inputs = progress["micro_step"], progress["rollout"]
+        self._metrics["train"].update(progress["metrics"])
+        self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
+
+    def _run_epoch(self, *args, epoch, **kwargs):
+        self._sampler.set_epoch(epoch)
+        if self._progress is not None:  # transformers has put its own state in order by now
+            self._restore_progress(self._progress)
+            self._progress = None
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        trl = cast(RepeatSampler, super()._get_train_sampler(dataset))
+        self._sampler = EpochSampler(
+            trl.data_source, trl.mini_repeat_count, trl.batch_size, trl.repeat_count, trl.shuffle, trl.seed
+        )
+        return self._sampler
 
     def _save(self, output_dir=None, state_dict=None):
         state = state_dict if state_dict is not None else dict(self.model.state_dict())
@@ -219,16 +269,16 @@ class CreditTrainer(GRPOTrainer):
         self._load_kit(resume_from_checkpoint)
 
     def _load_kit(self, checkpoint: str) -> None:
+        folder = Path(checkpoint) / "kit"
         with whole(self.kit_parameters(), modify=True):
-            self.load_kit_state(Path(checkpoint) / "kit")
+            self.load_kit_state(folder)
+        file = folder / PROGRESS_FILE.format(rank=self.accelerator.process_index)
+        self._progress = torch.load(file, map_location=self.accelerator.device, weights_only=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            if self.is_deepspeed_enabled:  # which reads its checkpoint in a way of its own
-                self._load_kit(checkpoint)
-            # Without this the first rollout after a resume would not be generated at a boundary.
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which reads its checkpoint in a way of its own
+            self._load_kit(checkpoint)
 
     # -- log --------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def call(command: list[str], environment: Mapping[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, *command], env=dict(environment), capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(scope="session")

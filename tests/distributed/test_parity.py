@@ -10,10 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from rlhf_kit.data.tasks import running_sums_vocabulary
-from rlhf_kit.models.tokenizers import word_level_tokenizer
 
 from .conftest import WORLDS
 
@@ -64,32 +60,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small Llama and prompts of several lengths."""
-    folder = tmp_path_factory.mktemp("policy")
-    torch.manual_seed(0)
-    tokenizer = word_level_tokenizer(tuple(running_sums_vocabulary(7)))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    digits = [(i % 7, i // 7, 3 * i % 7, 5 * i % 7)[: 2 + i % 3] for i in range(40)]  # every prompt once
-    prompts = [f"{' '.join(map(str, row))} =" for row in digits]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    return folder
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of prompts of several lengths, each once."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    digits = [(i % 7, i // 7, 3 * i % 7, 5 * i % 7)[: 2 + i % 3] for i in range(40)]
+    file.write_text("".join(json.dumps({"prompt": f"{' '.join(map(str, row))} ="}) + "\n" for row in digits))
+    return file
 
 
-def case(name: str, policy: Path, processes: int, replay: Path | None = None) -> dict[str, Any]:
+def case(name: str, policy: Path, prompts: Path, processes: int, replay: Path | None = None) -> dict[str, Any]:
     """A case of the plan, with the same rows an update in every world and TRL's default of checkpointing."""
     fields = CASES[name]
     accumulated = fields.get("args", {}).get("gradient_accumulation_steps", 1)
@@ -108,7 +87,7 @@ def case(name: str, policy: Path, processes: int, replay: Path | None = None) ->
         "type": "ppo",
         **{key: value for key, value in fields.items() if key != "args"},
         "model": {"path": str(policy), **fields.get("model", {})},
-        "data": {"type": "jsonl", "path": str(policy / "prompts.jsonl"), **fields.get("data", {})},
+        "data": {"type": "jsonl", "path": str(prompts), **fields.get("data", {})},
         "rewards": [{"type": "function", "function": "odd", "bounded": True}, *fields["rewards"]],
         "trainer": {"args": args},
     }
@@ -128,13 +107,15 @@ def outcomes(folder: Path) -> Outcome:
 
 
 @pytest.fixture(scope="session")
-def one_folder(alone: Any, policy: Path) -> Path:
-    return alone([case(name, policy, 1) for name in CASES])
+def one_folder(alone: Any, small_policy: Path, prompts: Path) -> Path:
+    return alone([case(name, small_policy, prompts, 1) for name in CASES])
 
 
 @pytest.fixture(scope="session", params=WORLDS)
-def two(request: pytest.FixtureRequest, together: Any, policy: Path, one_folder: Path) -> tuple[str, Outcome]:
-    cases = [case(name, policy, 2, one_folder) for name in CASES]
+def two(
+    request: pytest.FixtureRequest, together: Any, small_policy: Path, prompts: Path, one_folder: Path
+) -> tuple[str, Outcome]:
+    cases = [case(name, small_policy, prompts, 2, one_folder) for name in CASES]
     return request.param, outcomes(together(request.param, cases))
 
 
