@@ -28,8 +28,13 @@ def write_manifest(folder: Path, **fields: Any) -> None:
     """Merge `fields` into the run's manifest, replacing the file in one step."""
     path = folder / MANIFEST_FILE
     content = {**read_manifest(folder), **fields}
+    write_whole(path, redact(json.dumps(content, indent=2, default=str)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(redact(json.dumps(content, indent=2, default=str)), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -12,23 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_kit.errors import RunError
-from rlhf_kit.redact import redact
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
+from rlhf_kit.runs.folder import RESULT_FILE, opened, record_stage
+from rlhf_kit.runs.manifest import read_manifest, write_manifest, write_whole
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
 from rlhf_kit.runs.report import REPORT_FILE, write_report
 from rlhf_kit.runs.trackers import TENSORBOARD_FOLDER, show_samples, tracked
 from rlhf_kit.trainers.config import StageConfig
 from rlhf_kit.trainers.setup import StageRun
-
-RESULT_FILE = "result.json"
-RECIPE_FILE = "recipe.resolved.yaml"
 
 
 def run_pipeline(recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | None = None) -> dict[str, Any]:
@@ -41,17 +36,20 @@ def run_pipeline(recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | N
         RunError: the run folder belongs to another recipe, or a stage cannot go on.
     """
     _quiet_libraries()
-    folder = recipe.run_folder
     main = int(os.environ.get("RANK", "0")) == 0
-    if main:
-        _open_folder(recipe)
+    with opened(recipe) if main else nullcontext():
+        return _run_stages(recipe, functions or {}, main)
+
+
+def _run_stages(recipe: Recipe, functions: Mapping[str, Callable[..., Any]], main: bool) -> dict[str, Any]:
+    folder = recipe.run_folder
     results = {}
     finished = "finished" in read_manifest(folder)
     if main and not finished:
         write_manifest(folder, interrupted=None)
     try:
         for name, stage in recipe.stages.items():
-            results[name] = _run_stage(recipe, name, stage, functions or {}, main)
+            results[name] = _run_stage(recipe, name, stage, functions, main)
         if main and not finished:
             write_manifest(folder, finished=time.time())
     except BaseException:
@@ -82,8 +80,7 @@ def _run_stage(
         log_samples=partial(_log_samples, folder) if main else None,
     )
     if main:
-        stages = read_manifest(recipe.run_folder).get("stages", {})
-        write_manifest(recipe.run_folder, stages={**stages, name: describe_stage(recipe, name)})
+        record_stage(recipe, name, begun=run.last_checkpoint() is not None)
     started = time.time()
     with tracked(recipe, name, folder) if main else nullcontext(), ExitStack() as stack:
         for watcher in watchers:
@@ -91,7 +88,7 @@ def _run_stage(
         results = _runner(stage)(stage, run)
         results["minutes"] = round((time.time() - started) / 60, 2)
         if main:  # before a tracker is waited for
-            _write(done, json.dumps(results, indent=2))
+            write_whole(done, json.dumps(results, indent=2))
     return results
 
 
@@ -103,13 +100,6 @@ def _watchers(folder: Path, name: str) -> tuple[MetricsCallback, ProgressCallbac
         for logged in (SAMPLES_FOLDER, TENSORBOARD_FOLDER):
             shutil.rmtree(folder / logged, ignore_errors=True)
     return MetricsCallback(folder), ProgressCallback(name)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text(text, encoding="utf-8")
-    os.replace(partial_file, path)
 
 
 def _log_samples(folder: Path, step: int, samples: list[dict[str, Any]]) -> None:
@@ -131,58 +121,6 @@ def _runner(stage: StageConfig) -> Callable[[Any, StageRun], dict[str, Any]]:
     from rlhf_kit.trainers.run_ppo import run_ppo
 
     return run_ppo
-
-
-def _open_folder(recipe: Recipe) -> None:
-    """Make the run folder, or make sure that it is this recipe's."""
-    folder, world_size = recipe.run_folder, int(os.environ.get("WORLD_SIZE", "1"))
-    written, text = folder / RECIPE_FILE, redact(recipe.to_yaml())
-    if written.is_file():
-        _check_same(folder, yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text))
-        _check_world_size(recipe, world_size)
-    elif folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
-        raise RunError(f"{folder} is not empty and holds no run; give this run another name (name=...)")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(written, text)
-    if not read_manifest(folder):
-        write_manifest(folder, **describe_run(recipe, world_size))
-
-
-def _check_same(folder: Path, before: Any, now: Any) -> None:
-    changed = sorted(_differences(before, now))
-    if changed:
-        shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-        raise RunError(
-            f"{folder} holds a run of another recipe (differs in {shown}); give this one another name (name=...), or "
-            "remove the folder"
-        )
-
-
-def _check_world_size(recipe: Recipe, world_size: int) -> None:
-    """A checkpoint holds the state of every rank, so the stage that it belongs to needs as many again."""
-    before = read_manifest(recipe.run_folder).get("world_size", world_size)
-    for name in recipe.stages:
-        folder = recipe.stage_folder(name)
-        begun = not (folder / RESULT_FILE).is_file() and StageRun(folder).last_checkpoint() is not None
-        if begun and before != world_size:
-            raise RunError(
-                f"stage '{name}' was begun with {before} processes and cannot go on with {world_size}: start "
-                f"{before} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
-            )
-    if before != world_size and "finished" not in read_manifest(recipe.run_folder):
-        write_manifest(recipe.run_folder, world_size=world_size)
-
-
-def _differences(before: Any, now: Any, path: str = "") -> set[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = set()
-        for key in {*before, *now}:
-            found |= _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return _differences(dict(enumerate(before)), dict(enumerate(now)), path)
-    return set() if before == now else {path}
 
 
 def _print_results(recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> None:

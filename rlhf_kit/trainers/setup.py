@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,9 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kit.errors import RunError
+from rlhf_kit.trainers.checkpoints import newest_checkpoints
 
+logger = logging.getLogger(__name__)
 Args = TypeVar("Args", bound=TrainingArguments)
 
 
@@ -41,17 +43,8 @@ class StageRun:
         return self.folder / "checkpoints"
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; the trainer writes its state last, so one without it was cut off."""
-        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-        return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:  # a kill cut it off
-        return False
-    return True
+        """The newest whole checkpoint."""
+        return newest_checkpoints(self.checkpoints)[0]
 
 
 def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defaults: Any) -> Args:
@@ -91,7 +84,14 @@ def without_printing(trainer: Trainer) -> None:
 
 def train(trainer: Trainer, run: StageRun) -> None:
     """Train from the newest whole checkpoint, if there is one."""
-    checkpoint = run.last_checkpoint()
+    checkpoint, broken = newest_checkpoints(run.checkpoints)
+    if broken and trainer.is_world_process_zero():
+        logger.warning(
+            "%s %s not whole (killed while it was written, or the disk was full): going on from %s",
+            ", ".join(path.name for path in broken),
+            "is" if len(broken) == 1 else "are",
+            checkpoint.name if checkpoint else "the start of the stage",
+        )
     without_printing(trainer)
     trainer.add_callback(_StopIfTrained())
     try:

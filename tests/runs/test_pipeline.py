@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -111,8 +112,8 @@ def interrupted(folder: Path, at: int) -> Recipe:
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """When every file was written, and what it holds."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """When every file but the lock was written, and what it holds."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
@@ -387,6 +388,65 @@ def test_an_interrupted_stage_takes_its_bar_off_the_terminal(tmp_path: Path, mon
     shown = console.file.getvalue()
     hide, show = "\x1b[?25l", "\x1b[?25h"
     assert shown.count(hide) == shown.count(show) == 2  # of both stages
+
+
+def test_other_inputs_in_the_middle_of_a_stage_are_refused(tmp_path: Path) -> None:
+    recipe = interrupted(tmp_path, 3)
+    model = recipe.stage_folder("sft") / "model" / "model.safetensors"
+    before = model.read_bytes()
+    model.write_bytes(before[:-4] + bytes(4))
+    with pytest.raises(RunError, match=r"stage 'ppo' was begun with other contents of model\.path"):
+        run(recipe, untouchable)
+    model.write_bytes(before)  # the remedy that the message names
+    assert run(recipe)["ppo"]["updates"] == UPDATES
+
+
+def test_a_second_launch_into_the_folder_is_refused_and_a_crash_leaves_no_lock(tmp_path: Path) -> None:
+    recipe = load(tmp_path, SINGLE)
+    holder = (
+        "import sys, time\nfrom rlhf_kit.recipe import load_recipe\nfrom rlhf_kit.runs.folder import opened\n"
+        "with opened(load_recipe(sys.argv[1], sys.argv[2:])):\n    print('open', flush=True)\n    time.sleep(600)"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "recipe.yaml"), f"runs_dir={tmp_path / 'runs'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as first:
+        assert first.stdout is not None and first.stdout.readline() == "open\n"
+        with pytest.raises(RunError, match=rf"is in use by process {first.pid} on "):
+            run_pipeline(recipe)
+        first.kill()
+    assert run_pipeline(recipe)["sft"]["updates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", "cut"),
+        ("optimizer.pt", "cut"),
+        ("kit/progress-0.pt", "cut"),
+        ("trainer_state.json", "cut"),
+        ("trainer_state.json", "gone"),  # it is written last: without it, anything else may be missing
+    ],
+)
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(
+    name: str, damage: str, finished: tuple[Recipe, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = interrupted(tmp_path, 4)
+    checkpoints = recipe.stage_folder("ppo") / "checkpoints"
+    newest, before = (checkpoints / f"checkpoint-{step}" for step in (4, 2))
+    assert newest.is_dir() and before.is_dir()
+    file = newest / name
+    content = file.read_bytes()
+    file.unlink() if damage == "gone" else file.write_bytes(content[: len(content) // 2])
+
+    scored_at = []
+
+    def counted(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        scored_at.append(trainer_state.global_step)
+        return even(completions)
+
+    run(recipe, counted)
+    assert scored_at == [2, 3, 4]
+    assert "checkpoint-4 is not whole" in caplog.text and "going on from checkpoint-2" in caplog.text
+    assert same(weights(recipe.run_folder), weights(finished[0].run_folder))
 
 
 # --- secrets ---
