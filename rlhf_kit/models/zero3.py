@@ -38,5 +38,5 @@ def load_undivided(load: Callable[[], Model]) -> Model:
     finally:
         integration.set_hf_deepspeed_config(config)
     for parameter in model.parameters():
-        parameter.ds_status = ZeroParamStatus.AVAILABLE  # TRL's head asks it of every parameter
+        cast(Any, parameter).ds_status = ZeroParamStatus.AVAILABLE  # TRL's head asks it of every parameter
     return model

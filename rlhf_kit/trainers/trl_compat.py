@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
@@ -273,7 +274,8 @@ class CreditTrainer(GRPOTrainer):
         with whole(self.kit_parameters(), modify=True):
             self.load_kit_state(folder)
         file = folder / PROGRESS_FILE.format(rank=self.accelerator.process_index)
-        self._progress = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        progress = torch.load(file, map_location="cpu", weights_only=True)
+        self._progress = cast("dict[str, Any]", send_to_device(progress, self.accelerator.device))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

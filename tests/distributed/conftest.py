@@ -18,7 +18,7 @@ WORKER = Path(__file__).parent / "worker.py"
 WORLDS = ("cpu_ddp", "zero2", "zero3")
 
 
-def launch(world: str, *command: str) -> None:
+def launch(world: str, *command: str, succeeds: bool = True) -> None:
     """Run a script in two processes with one of the project's accelerate configurations, as launch.sh does."""
     if world.startswith("zero") and shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip(f"{world}: DeepSpeed compiles its CPU operators, and there is no C++ compiler")
@@ -26,15 +26,15 @@ def launch(world: str, *command: str) -> None:
     environment |= {"ACCELERATE_USE_CPU": "true"} if world == "cpu_ddp" else {"DS_ACCELERATOR": "cpu"}
     config = ROOT / "accelerate_configs" / f"{world}.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-    call([*launcher, *command], environment)
+    call([*launcher, *command], environment, succeeds)
 
 
-def call(command: list[str], environment: Mapping[str, str]) -> None:
-    """Run Python, and fail with the end of what it said if it fails."""
+def call(command: list[str], environment: Mapping[str, str], succeeds: bool = True) -> None:
+    """Run Python, and fail with the end of what it said if it does not end as it should."""
     done = subprocess.run(
         [sys.executable, *command], env=dict(environment), capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stderr[-6000:]}"
+    assert (done.returncode == 0) == succeeds, f"{command} exited with {done.returncode}:\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(scope="session")
