@@ -130,7 +130,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = 
         from rlhf_kit.runs.pipeline import run_pipeline
 
         run_pipeline(loaded)
-    except (RunError, ValueError, OSError) as error:
+    except Exception as error:
         # What the data, a hub or a disk say is for the user; where it happened is for whoever asks for it.
         if os.environ.get("RLHF_KIT_TRACEBACK"):
             raise

@@ -143,6 +143,10 @@ class RewardSource(ABC):
         """Loss (B,) of a source that learns online from outcome labels in [0, 1]; the trainer steps it."""
         return None
 
+    def log_probs(self, rollout: Rollout) -> Mapping[str, Float[Tensor, "B T"]]:
+        """Log-probabilities that `loss` and `score` both read; they are put into `Rollout.logprobs`."""
+        return {}
+
     def observe(self, outcomes: Float[Tensor, "N"]) -> None:
         """Take note of the outcomes of all ranks, before `loss` is asked for."""
         return

@@ -16,7 +16,16 @@ TIERS = (
     ("pairs", "evals"),
     ("trainers",),
     ("runs",),
-    ("recipe", "recipe_checks", "recipe_errors", "recipe_plan", "recipe_yaml", "world_size"),
+    (
+        "recipe",
+        "recipe_checks",
+        "recipe_data",
+        "recipe_errors",
+        "recipe_plan",
+        "recipe_warnings",
+        "recipe_yaml",
+        "world_size",
+    ),
     ("cli", "__main__"),
 )
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -38,7 +38,7 @@ class FunctionConfig(SourceConfig):
 
     def build(self, context: BuildContext) -> Function:
         function = context.functions.get(self.function)
-        return Function(self.source_name, function or _from_entry_point(self.function))
+        return Function(self.source_name, function or _from_entry_point(self.function), self.bounded)
 
 
 class Function(RewardSource):
@@ -50,15 +50,17 @@ class Function(RewardSource):
 
     kind = "outcome"
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], bounded: bool = False) -> None:
         self.name = name
+        self._bounded = bounded
         self._function = function
 
     def score(self, rollout: Rollout) -> TokenRewards:
         """The function's score on the last action token; `None` is a row of another task.
 
         Raises:
-            ValueError: if it returns another number of scores than there are completions.
+            ValueError: it returned another number of scores than there are completions, or one outside [0, 1]
+                though it is bounded.
         """
         from rlhf_kit.rewards.outcome import outcome_rewards
 
@@ -80,8 +82,19 @@ class Function(RewardSource):
                 f"reward function '{self.name}' returned {len(scores)} scores for {len(rollout)} completions; "
                 "return one score (or None) per completion"
             )
+        self._check_bounds(scores)
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         return replace(outcome_rewards(scores, rollout), metrics=means)
+
+    def _check_bounds(self, scores: Sequence[float | None]) -> None:
+        if not self._bounded:
+            return
+        outside = [score for score in scores if score is not None and (score < 0 or score > 1)]
+        if outside:
+            raise ValueError(
+                f"reward function '{self.name}' returned {outside[0]}, and with bounded: true its scores are outcomes "
+                "in [0, 1]; scale them, or write bounded: false"
+            )
 
 
 async def _result(awaitable: Any) -> Any:

@@ -90,6 +90,14 @@ class ImplicitPrm(RewardSource):
             rewards = self._rewards(rollout)
         return TokenRewards(rewards, torch.full((len(rollout),), int(Status.OK), device=rewards.device))
 
+    def log_probs(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Those of a reference of its own."""
+        return {} if self._own_reference is None else {self._own_reference_key: self.reference_log_probs(rollout)}
+
+    @property
+    def _own_reference_key(self) -> str:
+        return f"reference of {self.name}"
+
     def observe(self, outcomes: Tensor) -> None:
         """Update the running success rate with the outcomes of all ranks."""
         rate = outcomes.mean().item()
@@ -108,6 +116,8 @@ class ImplicitPrm(RewardSource):
 
         if self._own_reference is None:
             return rollout.logprobs[self._reference_key]
+        if self._own_reference_key in rollout.logprobs:
+            return rollout.logprobs[self._own_reference_key]
         with torch.no_grad():
             return self._own_reference(rollout)
 
@@ -144,9 +154,17 @@ class ImplicitPrm(RewardSource):
         )
 
 
-def read_prm_record(path: str) -> dict[str, Any] | None:
-    """What a `reward` stage wrote beside a PRM: the `beta` it was trained with and its `reference`."""
+def read_prm_record(path: str, remote: bool = False) -> dict[str, Any] | None:
+    """What a `reward` stage wrote beside a PRM: the `beta` it was trained with and its `reference`.
+
+    With `remote`, that of a PRM on the hub as well.
+    """
     record = Path(path) / PRM_RECORD
+    if remote and not Path(path).exists():
+        from transformers.utils import cached_file
+
+        found = cached_file(path, PRM_RECORD, _raise_exceptions_for_missing_entries=False)
+        record = Path(found) if found is not None else record
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
@@ -191,7 +209,7 @@ def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer |
     """The reference that a `reward` stage recorded, unless the policy's initial weights are the same model."""
     if config.path is None or config.reference != "initial":
         return None
-    record = read_prm_record(config.path)
+    record = read_prm_record(config.path, remote=True)
     if record is None:
         return None
     path = record["reference"]

@@ -81,7 +81,8 @@ def assign_credit(config: Credit, sources: list[WeightedRewards], episode: Episo
     """Advantages of every action token, by the configured estimator.
 
     Every estimator is a sum of one contribution a source (for `gae` also one of the critic, its baseline), so each
-    source's share of the advantage is known: `sum |A_k| / sum_j sum |A_j|` over the live tokens.
+    source's share of the final advantage is known: `sum |A_k| / sum_j sum |A_j|` over the live tokens, where A_k is
+    what the scale and the whitening (centring, and one factor for all) make of the contribution.
     """
     live = episode.live
     estimate = ESTIMATORS[config.estimator]
@@ -95,13 +96,17 @@ def assign_credit(config: Credit, sources: list[WeightedRewards], episode: Episo
         baseline, _ = gae(
             torch.zeros_like(advantages), _values(episode), live, config.gamma, config.lam, episode.bootstrap
         )
+        contributions["critic"] = torch.where(live, baseline, 0.0)
         advantages = advantages + baseline
         returns = torch.where(live, advantages + _values(episode), 0.0)
     if config.scale != "none":
-        advantages = advantages / _scale(config.scale, sources, episode)[:, None]
+        scale = _scale(config.scale, sources, episode)[:, None]
+        advantages = advantages / scale
+        contributions = {name: value / scale for name, value in contributions.items()}
+    shares = _shares(contributions, live, config.whiten)
     if config.whiten:
         advantages = whiten(advantages, live)
-    return Credited(torch.where(live, advantages, 0.0), returns, _shares(contributions))
+    return Credited(torch.where(live, advantages, 0.0), returns, shares)
 
 
 def _gae(config: Credit, source: WeightedRewards, episode: Episode) -> Float[Tensor, "B T"]:
@@ -176,7 +181,8 @@ def _scale(scale: str, sources: list[WeightedRewards], episode: Episode) -> Floa
     return deviation.expand_as(groups).reshape(-1)
 
 
-def _shares(contributions: Mapping[str, Tensor]) -> dict[str, float]:
-    sizes = {name: value.abs().sum().item() for name, value in contributions.items()}
+def _shares(contributions: Mapping[str, Tensor], live: Bool[Tensor, "B T"], centred: bool) -> dict[str, float]:
+    means = {name: masked_mean(value, live) if centred else 0.0 for name, value in contributions.items()}
+    sizes = {name: (value - means[name])[live].abs().sum().item() for name, value in contributions.items()}
     total = sum(sizes.values())
     return {name: size / total if total else 0.0 for name, size in sizes.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,12 +66,12 @@ class RolloutLog:
             self._log_samples(rollout.step, self._samples(rollout, scores, episode, credited, truth))
 
     def _common(self, scores: Scores) -> dict[str, float]:
-        """The sources' own numbers, averaged over ranks."""
-        names = sorted(scores.metrics)
-        if not names:
-            return {}
-        values = torch.tensor([[scores.metrics[name] for name in names]], device=scores.valid.device)
-        return dict(zip(names, self._ranks.all_rows(values).mean(dim=0).tolist(), strict=True))
+        """The sources' own numbers, each averaged over the ranks that have it."""
+        by_name: dict[str, list[float]] = {}
+        for metrics in self._ranks.all_objects([dict(scores.metrics)]):
+            for name, value in metrics.items():
+                by_name.setdefault(name, []).append(value)
+        return {name: fmean(values) for name, values in by_name.items()}
 
     def _credit_metrics(self, scores: Scores, episode: Episode, credited: Credited) -> dict[str, float]:
         live = episode.live

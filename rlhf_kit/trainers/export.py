@@ -82,6 +82,7 @@ def _write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], ada
 
 def write_prm_record(folder: Path, beta: float, reference: str) -> None:
     """What a PRM's log-probabilities are compared with, beside its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / PRM_RECORD).write_text(json.dumps({"beta": beta, "reference": reference}, indent=2), encoding="utf-8")
 
 

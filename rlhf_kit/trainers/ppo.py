@@ -23,6 +23,7 @@ from rlhf_kit.data.messages import completion_text
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
+from rlhf_kit.models.config import Scratch
 from rlhf_kit.models.critic import add_critic, values_of_completion
 from rlhf_kit.models.ema import MovingAverage
 from rlhf_kit.models.loading import load_copy
@@ -137,15 +138,16 @@ class PpoTrainer(CreditTrainer):
     def assign_credit(self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]) -> Batch:
         """Score the rollout by every source and put the advantages of its tokens into the batch."""
         rollout = self._rollout(batch, rows, prompts, completions)
-        rollout = replace(rollout, offsets=rollout_offsets(self.processing_class, rollout))
+        decode = partial(rollout_offsets, self.processing_class, rollout)
+        rollout = replace(rollout, offsets=self.ranks.agreed("decoding of the completions", decode))
         truncated = truncated_rows(rollout, self.eos_token_ids, self.ended_by_stop_string)
         with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
-            rollout, state_values = self._add_log_probs(rollout)
+            rollout, state_values = self._add_log_probs(rollout, batch.get("old_per_token_logps"))
             scores = self.scoring.score_outcomes(rollout)
         if self.config.truncation.policy == "mask":
             scores.valid &= ~truncated
         with self.accelerator.autocast():
-            self.scoring.learn_and_score(rollout, scores)
+            rollout = self.scoring.learn_and_score(rollout, scores)
         weighted = self.scoring.weighted(rollout, scores)
         weighted += self._kit_rewards(rollout, scores, truncated)
         episode = self._episode(rollout, scores, truncated, state_values)
@@ -158,10 +160,9 @@ class PpoTrainer(CreditTrainer):
         if self.uses_kl and self.config.credit.kl.where == "loss":
             batch["reference_logprobs"] = rollout.logprobs["reference"]
         if self.joint_prm is not None and scores.outcomes is not None:
-            with_peers = self.scoring.with_peers(rollout, scores)
             batch["prm_reference"] = self.joint_prm.reference_log_probs(rollout)
             batch["prm_labels"] = scores.outcomes
-            batch["prm_offsets"] = self.joint_prm.offsets(with_peers, scores.outcomes)
+            batch["prm_offsets"] = self.joint_prm.offsets(rollout, scores.outcomes)
         self._drop_rows(batch, rollout, self.ranks.own_rows(episode.valid, scores.valid))
         self.rollout_log.write(self, rollout, scores, weighted, episode, credited)
         return batch
@@ -179,14 +180,19 @@ class PpoTrainer(CreditTrainer):
         )
 
     @torch.no_grad()
-    def _add_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
-        """Log-probabilities that a source or the KL asks for, and the critic's values, in one pass a model."""
+    def _add_log_probs(self, rollout: Rollout, known: Tensor | None) -> tuple[Rollout, Tensor | None]:
+        """Log-probabilities that a source or the KL asks for, and the critic's values, in one pass a model.
+
+        Those of the policy are `known` where TRL needs them itself, by the same head in the same batches.
+        """
         log_probs: dict[str, Tensor] = {}
         state_values = None
         if self.critic_config is not None:
             log_probs["behaviour"], state_values = rollout_outputs(
                 self.model, rollout, ("log_probs", "state_values"), with_values=True
             )
+        elif known is not None:
+            log_probs["behaviour"] = masked_by(rollout.completion_mask, known.float())
         elif self.uses_kl or "behaviour" in self.needs:
             (log_probs["behaviour"],) = rollout_outputs(self.model, rollout)
         if self.reference is not None:
@@ -350,6 +356,8 @@ class PpoTrainer(CreditTrainer):
     def _copy_of_policy(self) -> PreTrainedModel:
         """The policy's initial weights as a model of its own, with the log-prob head."""
         model = load_copy(self.config.model)
+        if isinstance(self.config.model, Scratch):  # whose weights were drawn
+            model.load_state_dict(self.model.state_dict())
         add_log_prob_head(model, self.temperature)
         return model.to(self.accelerator.device)
 
@@ -386,6 +394,9 @@ class PpoTrainer(CreditTrainer):
                 self.config.evaluation,
                 self.accelerator.process_index,
                 self.accelerator.num_processes,
+                on_batch=lambda done, total: self.callback_handler.call_event(
+                    "on_prediction_step", self.args, self.state, self.control, done=done, total=total
+                ),
             )
         scores = self.ranks.all_objects(scores)
         self.model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit.spans import token_offsets
+from rlhf_kit.errors import RunError
 from rlhf_kit.rollout import CharRange, Rollout, Text
 
+Result = TypeVar("Result")
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
@@ -94,6 +96,23 @@ class Ranks:
     def mean(self, tensor: Tensor) -> Tensor:
         """Elementwise mean over ranks."""
         return cast(Tensor, self._accelerator.reduce(tensor, reduction="mean"))
+
+    def agreed(self, what: str, compute: Callable[[], Result]) -> Result:
+        """What `compute` gives, once every rank knows that none has failed: the others would wait for it for ever.
+
+        Raises:
+            RunError: on every rank, if it raised on any.
+        """
+        result, error = None, None
+        try:
+            result = compute()
+        except Exception as caught:
+            error = caught
+        failures = self.sum(torch.tensor([float(error is not None)], device=self._accelerator.device))
+        if failures.item() > 0:
+            where = "on this process" if error is not None else "on another process"
+            raise RunError(f"{what} failed {where}: {error}") from error
+        return cast(Result, result)
 
     def all_objects(self, values: list[Any]) -> list[Any]:
         """Python objects of every rank in one list."""

@@ -120,17 +120,18 @@ class Scoring:
         """Rows of this rank whose group's accuracy lies in the band, judged by the labelling sources alone."""
         assert self._band is not None
         labelling = [s for c, s in zip(self.configs, self.sources, strict=True) if getattr(c, "labels_outcomes", False)]
-        scored = [source.score(rollout) for source in labelling]
+        scored = [self._score(source, rollout) for source in labelling]
         labels = [(rewards.tokens.sum(dim=1), rewards.status == Status.OK) for rewards in scored]
         outcomes, labelled = _mean_label(labels)
         return in_band(outcomes, labelled, rollout.group_size, self._band)
 
-    def learn_and_score(self, rollout: Rollout, scores: Scores) -> None:
+    def learn_and_score(self, rollout: Rollout, scores: Scores) -> Rollout:
         """Online sources learn from the outcomes; then every process source scores.
 
-        A row that no source has judged is left out.
+        A row that no source has judged is left out. Gives the rollout with what the sources have computed for it.
         """
-        rollout = self.with_peers(rollout, scores)
+        own = {name: value for source in self.sources for name, value in source.log_probs(rollout).items()}
+        rollout = replace(self.with_peers(rollout, scores), logprobs={**rollout.logprobs, **own})
         for config, source in zip(self.configs, self.sources, strict=True):
             if source.kind != "process":
                 continue
@@ -146,6 +147,7 @@ class Scoring:
         judged = torch.stack([rewards.status == Status.OK for rewards in scores.rewards.values()]).any(dim=0)
         scores.valid &= judged
         self._count_unjudged(judged)
+        return rollout
 
     def _count_unjudged(self, judged: Bool[Tensor, "B"]) -> None:
         """Stops a run whose sources have nothing to say: it would end without an error and without a change.
@@ -178,16 +180,7 @@ class Scoring:
         return weighted
 
     def _ask(self, config: SourceConfig, source: RewardSource, rollout: Rollout, scores: Scores) -> TokenRewards:
-        rewards, error = None, None
-        try:
-            rewards = source.score(rollout)
-        except Exception as caught:  # every rank must learn of it before the next collective, or the others hang
-            error = caught
-        failures = self._ranks.sum(torch.tensor([float(error is not None)], device=rollout.action_mask.device))
-        if failures.item() > 0 or rewards is None:
-            where = "on this process" if error is not None else "on another process"
-            raise RunError(f"reward source '{source.name}' failed {where}: {error}") from error
-        rewards = self._without_broken_rows(rewards, rollout)
+        rewards = self._score(source, rollout)
         scores.rewards[source.name] = rewards
         if config.required:
             scores.valid &= rewards.status != Status.FAILED
@@ -195,6 +188,10 @@ class Scoring:
         scores.metrics[f"rewards/{source.name}/failed"] = failed
         scores.metrics.update({f"rewards/{source.name}/{key}": value for key, value in rewards.metrics.items()})
         return rewards
+
+    def _score(self, source: RewardSource, rollout: Rollout) -> TokenRewards:
+        rewards = self._ranks.agreed(f"reward source '{source.name}'", lambda: source.score(rollout))
+        return self._without_broken_rows(rewards, rollout)
 
     @staticmethod
     def _without_broken_rows(rewards: TokenRewards, rollout: Rollout) -> TokenRewards:

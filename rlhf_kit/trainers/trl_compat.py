@@ -7,7 +7,7 @@ PEFT, DeepSpeed) stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from trl.trainer.utils import RepeatSampler
 
 from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rollout import Text
-from rlhf_kit.trainers.export import without_kit_modules
+from rlhf_kit.trainers.export import KIT_MODULES, without_kit_modules
 
 PROGRESS_FILE = "progress-{rank}.pt"
 Batch = dict[str, Any]
@@ -76,6 +76,8 @@ class CreditTrainer(GRPOTrainer):
         self._texts: tuple[list[Text], list[Text]] = ([], [])
         self._prepared: Generated | None = None
         self._progress: dict[str, Any] | None = None
+        if self.use_vllm:
+            leave_out_kit_modules(self.vllm_generation)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -324,6 +326,16 @@ class CreditTrainer(GRPOTrainer):
         """True in the first of `num_iterations` passes over a rollout."""
         steps = cast(int, self.args.steps_per_generation)
         return self._step % (steps * self.num_iterations) < steps
+
+
+def leave_out_kit_modules(generation: Any) -> None:
+    """Let TRL's vLLM client send the policy alone: vLLM's model has neither a critic nor a PRM."""
+    named_parameters = generation._iter_named_params
+
+    def of_the_policy() -> Iterator[tuple[str, Tensor]]:
+        return ((name, value) for name, value in named_parameters() if not KIT_MODULES.match(name))
+
+    generation._iter_named_params = of_the_policy
 
 
 def _placeholder(name: str) -> Callable[..., list[float]]:

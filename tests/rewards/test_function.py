@@ -112,3 +112,11 @@ def test_what_a_function_logs_is_the_sources_metric(rollout) -> None:
         return [0.0] * len(completions)
 
     assert Function("f", function).score(rollout).metrics == {"length": 3.0}
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.5])
+def test_a_bounded_function_that_leaves_its_bounds_is_an_error(rollout, score) -> None:
+    bounded = Function("length", lambda **_: [0.0, None, 1.0, score], bounded=True)
+    with pytest.raises(ValueError, match=rf"'length' returned {score}, and with bounded: true .* write bounded: false"):
+        bounded.score(rollout)
+    assert Function("length", lambda **_: [0.0, None, 1.0, score]).score(rollout).status.tolist().count(Status.OK) == 3

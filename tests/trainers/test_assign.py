@@ -165,20 +165,28 @@ def test_shares_are_the_sizes_of_the_sources_contributions() -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_shares_sum_to_1_whatever_follows(estimator) -> None:
-    sources = [outcome(SCORES), process(0), process(5, "other")]
-    plain = assign_credit(credit(estimator), sources, episode())
-    changed = assign_credit(credit(estimator, whiten=True, scale="group"), sources, episode())
-    assert sum(plain.shares.values()) == pytest.approx(1)
-    assert list(plain.shares) == ["outcome", "process", "other"]
-    assert plain.shares == changed.shares
-    assert all(share > 0 for share in plain.shares.values())
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("scale", ["none", "batch"])  # one factor for all, which a share does not show
+def test_shares_are_those_of_the_final_advantage(estimator, whitened, scale) -> None:
+    sources = {"outcome": outcome(SCORES), "process": process(0), "other": process(5, "other")}
+    result = assign_credit(credit(estimator, whiten=whitened, scale=scale), [*sources.values()], episode())
+    without_critic = replace(episode(), values=torch.zeros_like(episode().values), bootstrap=None)
+    parts = {name: assign_credit(credit(estimator), [s], without_critic).advantages for name, s in sources.items()}
+    if estimator == "gae":
+        parts["critic"] = assign_credit(credit("gae"), [outcome([0.0] * 6)], episode()).advantages
+    unscaled = assign_credit(credit(estimator), [*sources.values()], episode()).advantages
+    torch.testing.assert_close(torch.stack([*parts.values()]).sum(dim=0), unscaled)
+    sizes = {}
+    for name, part in parts.items():
+        live = part[MASK]
+        sizes[name] = (live - live.mean() if whitened else live).abs().sum().item()
+    assert result.shares == pytest.approx({name: size / sum(sizes.values()) for name, size in sizes.items()})
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_without_rewards_every_share_is_0(estimator) -> None:
+def test_without_rewards_every_sources_share_is_0(estimator) -> None:
     result = assign_credit(credit(estimator), [outcome([0.0] * 6)], episode())
-    assert result.shares == {"outcome": 0.0}
+    assert result.shares == ({"outcome": 0.0, "critic": 1.0} if estimator == "gae" else {"outcome": 0.0})
 
 
 # -- rows and tokens that do not count ---------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
 from rlhf_kit.models.config import Lora, Pretrained
@@ -18,6 +21,7 @@ from rlhf_kit.models.joint import add_joint_prm
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.trainers.export import without_kit_modules, write_model, write_prm_record
+from rlhf_kit.trainers.trl_compat import leave_out_kit_modules
 
 IDS = torch.tensor([[4, 5, 9, 6]])
 
@@ -117,3 +121,37 @@ def test_a_given_state_is_what_is_written(policy_path: str, tmp_path: Path) -> N
 def test_the_record_of_a_prm(tmp_path: Path) -> None:
     write_prm_record(tmp_path, 0.3, "runs/x/sft/model")
     assert json.loads((tmp_path / "prm.json").read_text()) == {"beta": 0.3, "reference": "runs/x/sft/model"}
+
+
+class RecordingVllm:
+    """Stands where vLLM's engine is, at the end of TRL's path to it, and keeps the names of what it is sent."""
+
+    def __init__(self) -> None:
+        self.llm_engine = self.model_executor = self.driver_worker = self.model_runner = self.model = self
+        self.sent: list[str] = []
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self.sent += [name for name, _ in weights]
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("peft", [None, {"type": "lora", "r": 2}], ids=["whole", "lora"])
+def test_vllm_is_sent_the_policy_alone(peft: Any, build: Any, policy_path: str) -> None:
+    trainer = build(
+        rewards=[
+            {"type": "verifier", "verifier": "exact"},
+            {"type": "implicit_prm", "online": {"order": "with_policy"}},
+        ],
+        credit={"estimator": "gae"},
+        model={"peft": peft},
+    )
+    generation = object.__new__(VLLMGeneration)  # whose construction needs vLLM
+    generation.model, generation.accelerator, generation.llm = trainer.model, trainer.accelerator, RecordingVllm()
+    generation.mode, generation.enable_sleep_mode = "colocate", False
+    generation._dist = DistributedBackend(trainer.accelerator)
+    leave_out_kit_modules(generation)
+    generation.sync_weights()
+    policy = AutoModelForCausalLM.from_pretrained(policy_path)
+    assert sorted(generation.llm.sent) == sorted(name for name, _ in policy.named_parameters())

@@ -65,12 +65,21 @@ def prm_of(trainer):
     ("dtype", "bf16"), [("float32", False), ("bfloat16", False), ("float32", True)], ids=["fp32", "bf16", "autocast"]
 )
 @pytest.mark.parametrize("reference", ["behaviour", "initial", "ema"])
-def test_before_it_has_learnt_every_implicit_reward_is_exactly_0(peft, dtype, bf16, reference, train) -> None:
+@pytest.mark.parametrize("iterations", [1, 2])  # with two, TRL has scored the policy, and is not asked again
+def test_before_it_has_learnt_every_implicit_reward_is_exactly_0(
+    peft, dtype, bf16, reference, iterations, train
+) -> None:
     trainer = train(
         {"learning_rate": NO_LEARNING},
         model={**peft, "dtype": dtype},
         prm={"reference": reference},
-        args={"max_steps": 1, "bf16": bf16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        args={
+            "max_steps": 1,
+            "bf16": bf16,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_iterations": iterations,
+        },
     )
     (rows,) = trainer.samples
     assert len({len(row["tokens"]) for row in rows}) > 1, "completions of one length hide what padding does"
@@ -312,6 +321,47 @@ def test_the_moving_average_follows_the_policy(peft, train) -> None:
     (rollout, *_) = trainer.rollouts
     with torch.no_grad():
         assert not torch.equal(trainer.average(rollout), rollout.logprobs["behaviour"])
+
+
+def passes_without_gradient(module):
+    """A list that grows by one with every scoring pass of the module."""
+    passes = []
+
+    def count(_module, _args, kwargs):
+        if kwargs.get("fused_lm_head") and not torch.is_grad_enabled():
+            passes.append(1)
+
+    module.register_forward_pre_hook(count, with_kwargs=True)
+    return passes
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_policy_is_scored_once_a_rollout(iterations, build, policy_path) -> None:
+    trainer = build(
+        functions={"even": even},
+        rewards=rewards({"learning_rate": 1e-2}),
+        credit={"estimator": "prime"},
+        args={"max_steps": 1, "num_iterations": iterations},
+    )
+    passes = passes_without_gradient(trainer.model)
+    trainer.train()
+    assert len(passes) == 1
+
+
+def test_a_reference_of_its_own_is_scored_once_a_rollout(train, build, policy_path, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(policy_path, other)
+    export_sources(train({"learning_rate": 1e-2}, model={"path": str(other)}, args={"max_steps": 1}), tmp_path)
+    prm = {"path": str(tmp_path / "prm"), "reference": "initial"}
+    trainer = build(
+        functions={"even": even},
+        rewards=rewards({"learning_rate": 1e-2}, **prm),
+        credit={"estimator": "prime"},
+        args={"max_steps": 1},
+    )
+    passes = passes_without_gradient(prm_of(trainer)._own_reference.model)
+    trainer.train()
+    assert len(passes) == 1
 
 
 # -- one base ----------------------------------------------------------------------------------------------------------
