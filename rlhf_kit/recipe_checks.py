@@ -25,7 +25,13 @@ Stage = Sft | Reward | Ppo
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 PROCESS_ESTIMATORS = ("prime", "min_form")
 SMALLEST_RATE_OF_NARROW_WEIGHTS = 1e-4
-RESERVED_NAMES = ("kl", "truncation", "default", "ema")  # the kit's penalties and adapters
+BITSANDBYTES_OPTIMIZERS = (
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+)
+RESERVED_NAMES = ("kl", "truncation", "critic", "default", "ema")  # the kit's penalties and adapters
 
 
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
@@ -37,13 +43,16 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
     if isinstance(stage, Ppo):
         problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
         problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage), *_patterns(stage)]
-        problems += [*_sources(stage), *_accuracy_band(stage)]
+        problems += [*_sources(stage), *_accuracy_band(stage, world_size)]
     return problems
 
 
 def _arguments(stage: Stage) -> Iterator[Problem]:
     if argument(stage, "eval_strategy") != "no" and stage.eval_data is None:
         yield Problem("trainer.args.eval_strategy", "there is nothing to evaluate on", remedy="add eval_data")
+    if argument(stage, "eval_on_start") and stage.eval_data is None:
+        remedy = f"add eval_data{' and evaluation' if isinstance(stage, Ppo) else ''}, or remove it"
+        yield Problem("trainer.args.eval_on_start", "there is nothing to evaluate on", True, remedy)
     if argument(stage, "push_to_hub") and not argument(stage, "hub_model_id"):
         remedy = "write the repository, owner/name"
         yield Problem("trainer.args.hub_model_id", "push_to_hub needs to know where", remedy=remedy)
@@ -93,12 +102,17 @@ def _adaptive_kl(stage: Ppo, world_size: int) -> Iterator[Problem]:
 
 
 def _critic(stage: Ppo) -> Iterator[Problem]:
-    estimator = stage.credit.estimator
-    if stage.critic is not None and estimator != "gae":
+    estimator, critic = stage.credit.estimator, stage.critic
+    if critic is not None and estimator != "gae":
         remedy = "remove critic, or use credit.estimator gae"
         yield Problem("critic", f"is never used by credit.estimator {estimator}", remedy=remedy)
-    if stage.critic is not None and stage.critic.type == "head" and stage.critic.path is not None:
-        yield Problem("critic.path", "is only for critic.type model", stage.critic.path, "remove it or set the type")
+    if critic is not None and critic.type == "head" and critic.path is not None:
+        yield Problem("critic.path", "is only for critic.type model", critic.path, "remove it or set the type")
+    own = critic is not None and critic.type == "model" and critic.path is None
+    if own and isinstance(stage.model, Scratch):
+        what = "starts from the policy's weights, and a scratch policy has none that could be loaded"
+        remedy = "write head, or give critic.path, or train the policy by an sft stage first"
+        yield Problem("critic.type", what, "model", remedy)
     if stage.truncation.policy == "bootstrap" and estimator != "gae":
         remedy = "use credit.estimator gae, or truncation.policy terminal, mask or penalty"
         yield Problem("truncation.policy", f"needs a critic; {estimator} has none", "bootstrap", remedy)
@@ -141,7 +155,7 @@ def _sources(stage: Ppo) -> Iterator[Problem]:
             yield Problem(f"rewards.{index}.name", what, source.source_name, "give it another name")
 
 
-def _accuracy_band(stage: Ppo) -> Iterator[Problem]:
+def _accuracy_band(stage: Ppo, world_size: int) -> Iterator[Problem]:
     band = stage.accuracy_band
     if band is None:
         return
@@ -155,6 +169,12 @@ def _accuracy_band(stage: Ppo) -> Iterator[Problem]:
     if group < 2:
         remedy = "write at least 2, or remove accuracy_band"
         yield Problem("trainer.args.num_generations", "accuracy_band needs groups", group, remedy)
+    rollout = batch_of(stage, world_size).rollout
+    rows, rest = divmod(rollout, world_size)
+    if band.mode == "resample" and rows % group and not rest and not rollout % group:  # or check_batch says more
+        what = f"needs whole groups on each process, and {rows} rows a process are no multiple of {group}"
+        remedy = "change per_device_train_batch_size, steps_per_generation or num_generations, or write mask"
+        yield Problem("accuracy_band.mode", what, "resample", remedy)
 
 
 def _reward(stage: Reward) -> Iterator[Problem]:
@@ -270,6 +290,8 @@ def _credit_warnings(credit: Credit) -> Iterator[Problem]:
         yield Problem("credit.kl.estimator", what, kl.estimator, "use k1 in the reward")
     if credit.horizon != defaults.horizon and credit.estimator not in ("prime", "reinforce"):
         yield Problem("credit.horizon", "is used by prime and reinforce alone", credit.horizon, "remove it")
+    if credit.gamma != defaults.gamma and credit.estimator not in ("gae", "reinforce"):
+        yield Problem("credit.gamma", "is used by gae and reinforce alone", credit.gamma, "remove it")
     if credit.lam != defaults.lam and credit.estimator != "gae":
         yield Problem("credit.lam", "is used by gae alone", credit.lam, "remove it")
     if credit.step_pattern != defaults.step_pattern and credit.estimator != "min_form":
@@ -308,3 +330,7 @@ def _argument_warnings(stage: Stage) -> Iterator[Problem]:
             yield Problem("trainer.args.report_to", "is not installed here", tracker, f"pip install {tracker}")
     if args.get("use_vllm") and not find_spec("vllm"):
         yield Problem("trainer.args.use_vllm", "vLLM is not installed here", True, "pip install vllm")
+    optimizer = args.get("optim")
+    if optimizer in BITSANDBYTES_OPTIMIZERS and not find_spec("bitsandbytes"):
+        what = "needs bitsandbytes, which is not installed here"
+        yield Problem("trainer.args.optim", what, optimizer, "pip install bitsandbytes, or write adamw_torch")

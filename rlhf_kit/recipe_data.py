@@ -1,12 +1,17 @@
-"""What can be known of a recipe's data without loading a model: files are read, tasks are made, columns are there."""
+"""What can be known of a recipe's data and reward functions without loading a model.
+
+Files are read, tasks are made, columns are there, functions are installed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from rlhf_kit.data.config import DataConfig, Gsm8kSolutions, Jsonl, Parquet, ReasoningGym, Sampled
-from rlhf_kit.problems import Problem, RecipeError, listed
+from rlhf_kit.data.config import DataConfig, Gsm8kSolutions, Jsonl, Parquet, ReasoningGym, RunningSums, Sampled
+from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
+from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.config import Ppo, Reward, Sft
@@ -18,11 +23,14 @@ VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reason
 def check_data(recipe: Recipe, source: object) -> None:
     """Read the data that are on this machine, and one row of each generated task, as every stage will.
 
+    It is for runs from the command line, which have no reward functions but the installed ones.
+
     Raises:
-        RecipeError: with every data set that a stage cannot use; `source` is what the recipe is called.
+        RecipeError: with every data set that a stage cannot use and every reward function that is not there; `source`
+            is what the recipe is called.
     """
     problems: list[Problem] = []
-    seen: dict[str, tuple[str, ...] | str] = {}
+    seen: dict[str, tuple[str, ...] | Problem] = {}
     for name, stage in recipe.stages.items():
         prefix = "" if recipe.single else f"stages.{name}"
         for field, config, needed in _needs(stage):
@@ -30,13 +38,14 @@ def check_data(recipe: Recipe, source: object) -> None:
             if key not in seen:
                 seen[key] = _columns(config)
             problems += [problem.under(prefix) for problem in _problems(field, seen[key], needed)]
+        problems += [problem.under(prefix) for problem in _functions(stage)]
     if problems:
         raise RecipeError(source, problems)
 
 
-def _problems(field: str, columns: tuple[str, ...] | str, needed: dict[str, str]) -> Iterator[Problem]:
-    if isinstance(columns, str):
-        yield Problem(field, columns)
+def _problems(field: str, columns: tuple[str, ...] | Problem, needed: dict[str, str]) -> Iterator[Problem]:
+    if isinstance(columns, Problem):
+        yield columns.under(field)
         return
     for column, reader in needed.items():
         if columns and column not in columns:
@@ -44,8 +53,10 @@ def _problems(field: str, columns: tuple[str, ...] | str, needed: dict[str, str]
             yield Problem(field, f"{reader} reads {column}, and there is only {listed(columns)}", remedy=remedy)
 
 
-def _columns(config: DataConfig) -> tuple[str, ...] | str:
+def _columns(config: DataConfig) -> tuple[str, ...] | Problem:
     """The columns of a data set, none where it is not at hand; or what is wrong with it."""
+    if isinstance(config, RunningSums):
+        return _running_sums_problem(config) or ()
     if isinstance(config, Jsonl | Parquet | Gsm8kSolutions):
         path = Path(config.path)
         if not path.is_file() or path.stat().st_size > LARGEST_FILE:
@@ -59,7 +70,32 @@ def _columns(config: DataConfig) -> tuple[str, ...] | str:
     try:
         return tuple(load_data(config).column_names)
     except (ValueError, OSError) as error:
-        return str(error)
+        return Problem("", str(error))
+
+
+def _running_sums_problem(config: RunningSums) -> Problem | None:
+    """Why the generator would refuse: it has fewer different problems than rows, or numbers beyond the modulus."""
+    modulus, terms, size = config.modulus, config.terms, config.size
+    largest = modulus - 1 if config.largest is None else config.largest
+    if largest >= modulus:
+        return Problem("largest", f"must be below modulus ({modulus})", largest, f"write at most {modulus - 1}")
+    # A factor of at least 2 for each bit of `size` is enough for any size, and a power of a million terms is slow.
+    problems = modulus * largest ** min(terms, size.bit_length())
+    if problems >= size:
+        return None
+    what = f"is more than the {problems} different problems of modulus {modulus}, terms {terms} and largest {largest}"
+    return Problem("size", what, size, f"write at most {problems}, or raise terms, modulus or largest")
+
+
+def _functions(stage: Sft | Reward | Ppo) -> Iterator[Problem]:
+    """Reward functions that are no entry points; from Python they could be passed by name."""
+    known = sorted(entry_points(group=ENTRY_POINTS).names)
+    for index, source in enumerate(stage.rewards if isinstance(stage, Ppo) else ()):
+        if isinstance(source, FunctionConfig) and source.function not in known:
+            what = f"is no entry point of the group {ENTRY_POINTS} ({listed(known) or 'none is installed'})"
+            declare = "declare it as one in your package, or run the recipe in Python with run_pipeline's functions"
+            remedy = did_you_mean(source.function, known, declare)
+            yield Problem(f"rewards.{index}.function", what, source.function, remedy)
 
 
 def _needs(stage: Sft | Reward | Ppo) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from rlhf_kit import yaml12
+from rlhf_kit import recipe_checks, yaml12
 from rlhf_kit.recipe import Recipe, RecipeError, load_recipe
 from rlhf_kit.recipe_checks import warnings
 from rlhf_kit.recipe_plan import plan
@@ -642,6 +642,18 @@ PRETRAINED = "model={type: pretrained, path: some/model}"
         (["trainer.args.top_p=2.0"], ["trainer.args.top_p: must be above 0 and at most 1 (value 2.0)"]),
         (["trainer.args.use_liger_kernel=true"], ["trainer.args.use_liger_kernel: has no place"]),
         (["trainer.args.eval_strategy=steps"], ["trainer.args.eval_strategy: there is nothing to evaluate on"]),
+        (
+            ["trainer.args.eval_on_start=true"],
+            ["trainer.args.eval_on_start: there is nothing to evaluate on (value True); add eval_data and evaluation"],
+        ),
+        (
+            ["trainer.args.eval_on_start=true", "eval_data={type: running_sums, size: 5}"],
+            ["eval_data: is never used; add evaluation"],
+        ),
+        (
+            ["credit.estimator=gae", "critic={type: model}"],
+            ["critic.type: starts from the policy's weights, and a scratch policy has none", "(value 'model')", "sft"],
+        ),
         (["trainer.args.load_best_model_at_end=true"], ["load_best_model_at_end: needs evaluations and checkpoints"]),
         (["trainer.args.beta=0.1"], ["trainer.args.beta: is the kit's to set (value 0.1); set credit.kl"]),
     ],
@@ -660,6 +672,8 @@ def test_a_combination_that_cannot_work_is_refused(overrides: list[str], fragmen
         ["credit.estimator=gae"],
         ["credit.estimator=gae", "critic={}", "truncation={policy: bootstrap}"],
         ["credit.estimator=gae", "critic={type: model, path: some/critic}"],
+        ["credit.estimator=gae", "critic={type: model}", PRETRAINED],
+        ["trainer.args.eval_on_start=true", "evaluation={verifier: exact}", "eval_data={type: running_sums, size: 5}"],
         ["credit.estimator=prime", f"rewards=[{VERIFIER}, {ONLINE_PRM}]", PRETRAINED],
         ["credit.estimator=min_form", f"rewards=[{PRM}]", PRETRAINED],
         [f"rewards=[{{type: function, function: f, bounded: true}}, {ONLINE_PRM}]", PRETRAINED],
@@ -671,6 +685,22 @@ def test_a_combination_that_cannot_work_is_refused(overrides: list[str], fragmen
 )
 def test_a_combination_that_works_passes(overrides: list[str]) -> None:
     assert load(SINGLE, *overrides).stages["ppo"].type == "ppo"
+
+
+RESAMPLE = ["accuracy_band={mode: resample}", "trainer.args.per_device_train_batch_size=2"]
+
+
+def test_resampling_needs_whole_groups_on_each_process() -> None:
+    (line,) = lines(SINGLE, *RESAMPLE, world_size=2)
+    assert line.startswith("accuracy_band.mode: needs whole groups on each process, and 2 rows a process")
+    assert "are no multiple of 4 (value 'resample'); change per_device_train_batch_size" in line
+    (line,) = lines(SINGLE, *RESAMPLE, "trainer.args.steps_per_generation=3", world_size=2)
+    assert "num_generations: does not divide the 12" not in line and "6 rows a process" in line
+    assert load(SINGLE, *RESAMPLE, "accuracy_band.mode=mask", world_size=2)
+    assert load(SINGLE, *RESAMPLE, "trainer.args.steps_per_generation=4", world_size=2)
+    assert load(SINGLE, *RESAMPLE, "trainer.args.generation_batch_size=16", world_size=2)
+    (line,) = lines(SINGLE, *RESAMPLE, world_size=3)  # the rollout holds no whole groups either: said once
+    assert line.startswith("trainer.args.num_generations: does not divide")
 
 
 def test_the_batch_is_that_of_all_processes() -> None:
@@ -778,6 +808,16 @@ def test_hub_ids_and_outputs_of_earlier_stages_are_not_looked_for() -> None:
             "does not give the gradient of the reverse KL (value 'k2')",
         ),
         (["credit.lam=0.5"], "credit.lam: is used by gae alone (value 0.5)"),
+        (["credit.gamma=0.9"], "credit.gamma: is used by gae and reinforce alone (value 0.9)"),
+        (["credit.gamma=0.9", "credit.estimator=group"], "credit.gamma: is used by gae and reinforce alone"),
+        (
+            ["credit.gamma=0.9", "credit.estimator=prime", f"rewards=[{VERIFIER}, {ONLINE_PRM}]", PRETRAINED],
+            "credit.gamma: is used by gae and reinforce alone",
+        ),
+        (
+            ["credit.gamma=0.9", "credit.estimator=min_form", f"rewards=[{PRM}]", PRETRAINED],
+            "credit.gamma: is used by gae and reinforce alone",
+        ),
         (["credit.step_pattern=x"], "credit.step_pattern: is used by min_form alone"),
         ([f"rewards=[{VERIFIER}, {{type: implicit_prm}}]", PRETRAINED], "rewards.1: a frozen copy of the policy"),
     ],
@@ -785,6 +825,27 @@ def test_hub_ids_and_outputs_of_earlier_stages_are_not_looked_for() -> None:
 def test_what_is_probably_not_meant_is_a_warning(overrides: list[str], fragment: str) -> None:
     (warning,) = warnings(load(SINGLE, *overrides))
     assert fragment in str(warning)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_lion_8bit", "ademamix"])
+def test_an_optimizer_of_a_package_that_is_not_installed_is_a_warning(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(SINGLE, f"trainer.args.optim={optimizer}")
+    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: None)
+    (warning,) = warnings(recipe)
+    assert str(warning).startswith("trainer.args.optim: needs bitsandbytes, which is not installed here")
+    assert f"(value '{optimizer}'); pip install bitsandbytes" in str(warning)
+    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: name)
+    assert warnings(recipe) == []
+
+
+@pytest.mark.slow
+def test_the_optimizers_of_bitsandbytes_are_those_of_transformers() -> None:
+    from transformers import trainer_optimizer
+
+    theirs = {optimizer.value for optimizer in trainer_optimizer._BITSANDBYTES_OPTIMIZERS}
+    assert set(recipe_checks.BITSANDBYTES_OPTIMIZERS) == theirs
 
 
 def test_warnings_name_the_stage_of_a_pipeline() -> None:
@@ -799,7 +860,9 @@ def test_warnings_name_the_stage_of_a_pipeline() -> None:
         ["credit.kl={coefficient: 0.1}"],
         ["credit.kl={coefficient: 0.1, estimator: k2, where: loss}"],
         ["credit.kl={estimator: k3}"],
-        ["credit.estimator=gae", "credit.lam=0.5"],
+        ["credit.estimator=gae", "credit.lam=0.5", "credit.gamma=0.9"],
+        ["credit.estimator=reinforce", "credit.gamma=0.9"],
+        ["trainer.args.optim=adamw_torch_8bit"],
     ],
 )
 def test_what_is_meant_is_no_warning(overrides: list[str]) -> None:

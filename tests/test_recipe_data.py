@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from rlhf_kit import recipe_data
 from rlhf_kit.cli import app
+from rlhf_kit.data.config import RunningSums
+from rlhf_kit.data.load import load_data
 from rlhf_kit.problems import RecipeError
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.recipe_data import check_data
@@ -107,6 +111,76 @@ def test_every_data_set_of_every_stage_is_read(problems: Any) -> None:
 )
 def test_data_that_will_do_are_no_problem(stage: dict[str, Any], problems: Any) -> None:
     assert problems(stage) == []
+
+
+SUMS = {"type": "running_sums", "modulus": 5, "terms": 2}  # 5 first numbers, 4 x 4 addends: 80 problems
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({**SUMS, "size": 81}, "data.size: is more than the 80 different problems of modulus 5, terms 2 and largest 4"),
+        ({**SUMS, "size": 81}, "(value 81); write at most 80"),
+        ({**SUMS, "size": 21, "largest": 2}, "data.size: is more than the 20 different problems"),
+        ({**SUMS, "size": 6, "largest": 1, "terms": 1000}, "data.size: is more than the 5 different problems"),
+        ({**SUMS, "size": 5, "largest": 5}, "data.largest: must be below modulus (5) (value 5); write at most 4"),
+    ],
+)
+def test_running_sums_that_cannot_be_made_are_refused(data: dict[str, Any], said: str, problems: Any) -> None:
+    (problem,) = problems({**SFT, "data": data})
+    assert said in problem
+    with pytest.raises(ValueError, match="running_sums"):
+        load_data(RunningSums.model_validate(data))
+
+
+def test_running_sums_are_counted_behind_sampled_data_too(problems: Any) -> None:
+    sampled = {"type": "sampled", "model": "owner/name", "verifier": "exact", "prompts": {**SUMS, "size": 81}}
+    (problem,) = problems({**REWARD, "data": sampled})
+    assert problem.startswith("data.prompts.size: ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {**SUMS, "size": 80},
+        {**SUMS, "size": 20, "largest": 2},
+        {**SUMS, "size": 5, "largest": 1},
+        {**SUMS, "size": 10**9, "terms": 10**9},  # more problems than could be counted
+    ],
+)
+def test_running_sums_that_can_be_made_pass(data: dict[str, Any], problems: Any) -> None:
+    assert problems({**SFT, "data": data}) == []
+    if data["size"] <= 80:
+        assert len(load_data(RunningSums.model_validate(data))) == data["size"]
+
+
+OF_ONES_OWN = {**PPO, "data": {**SUMS, "size": 8}, "rewards": [{"type": "function", "function": "brevity"}]}
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    points = EntryPoints(EntryPoint(name, f"package:{name}", "rlhf_kit.rewards") for name in names)
+    monkeypatch.setattr(recipe_data, "entry_points", lambda group: points.select(group=group))
+
+
+def test_a_function_that_no_package_declares_is_refused(problems: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    (problem,) = problems({"stages": {"ppo": OF_ONES_OWN}})
+    assert problem.startswith("stages.ppo.rewards.0.function: is no entry point of the group rlhf_kit.rewards")
+    assert "(none is installed) (value 'brevity'); declare it as one in your package, or run the recipe" in problem
+    installed(monkeypatch, "brevety", "other")
+    (problem,) = problems(OF_ONES_OWN)
+    assert problem.endswith("(brevety, other) (value 'brevity'); did you mean 'brevety'?")
+
+
+def test_a_function_that_a_package_declares_passes(problems: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "brevity")
+    assert problems(OF_ONES_OWN) == []
+
+
+def test_a_function_may_be_passed_in_python(problems: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    problems(OF_ONES_OWN)
+    assert load_recipe("recipe.yaml").stages  # what run_pipeline(recipe, functions=...) is given
 
 
 @pytest.mark.parametrize("command", ["check", "train"])

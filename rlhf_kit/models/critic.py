@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model
+
+from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.loading import load_model
 
 
 @dataclass
@@ -37,11 +41,13 @@ class ValueHead(nn.Module):
 
 
 class CriticModel(nn.Module):
-    """A transformer of its own with a value head."""
+    """A transformer of its own, the body of the causal language model of `config`, with a value head."""
 
-    def __init__(self, path: str, dtype: torch.dtype) -> None:
+    def __init__(self, config: Pretrained) -> None:
         super().__init__()
-        self.backbone = AutoModel.from_pretrained(path, dtype=dtype)
+        model = load_model(config.model_copy(update={"peft": None}))
+        self.backbone = cast(PreTrainedModel, model.base_model)
+        self.backbone.requires_grad_(True)  # merging an adapter leaves its base frozen
         disable_dropout_in_model(self.backbone)
         self.head = ValueHead(self.backbone.config.get_text_config().hidden_size)
 

@@ -94,6 +94,7 @@ def _pretrained(config: Pretrained) -> PreTrainedModel:
         adapter = PeftConfig.from_pretrained(config.path)
         base = config.model_copy(update={"path": adapter.base_model_name_or_path, "revision": adapter.revision})
         model: Any = PeftModel.from_pretrained(_pretrained(base), config.path).merge_and_unload()
+        model.requires_grad_(True)  # the base of an adapter is frozen, and nothing is left of the adapter
         # A further adapter on this model must not be taken for one on the base alone.
         model.name_or_path = model.config._name_or_path = config.path
         return model

@@ -99,7 +99,7 @@ class PpoTrainer(CreditTrainer):
             self.add_callback(FollowPolicy(self.average))
         self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
         if self.critic_config is not None:
-            add_critic(policy, build_critic(self.critic_config, policy))
+            add_critic(policy, build_critic(self.critic_config, policy, config.model))
         self.joint_prm = join_prm(policy, self.model, self.scoring.sources)
         self._joint_prm_learns = False
         self._refuse_what_cannot_run()

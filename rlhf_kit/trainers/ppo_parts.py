@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.models.critic import CriticModel, ValueHead
 from rlhf_kit.models.ema import MovingAverage
 from rlhf_kit.models.joint import add_joint_prm
@@ -17,10 +18,20 @@ from rlhf_kit.rollout import RewardSource
 from rlhf_kit.trainers.config import Critic
 
 
-def build_critic(config: Critic, policy: PreTrainedModel) -> ValueHead | CriticModel:
-    """A value head for the policy's hidden states, or a model of its own."""
+def build_critic(
+    config: Critic, policy: PreTrainedModel, settings: Pretrained | Scratch | None = None
+) -> ValueHead | CriticModel:
+    """A value head for the policy's hidden states, or a model of its own.
+
+    The model loads as the policy did, by its `settings`, in the policy's precision.
+    """
     if config.type == "model":
-        return CriticModel(config.path or policy.config._name_or_path, policy.dtype)
+        if not isinstance(settings, Pretrained):
+            settings = Pretrained(path=config.path or policy.config._name_or_path)
+        changes: dict[str, str | None] = {"dtype": str(policy.dtype).removeprefix("torch.")}
+        if config.path is not None and config.path != settings.path:
+            changes |= {"path": config.path, "revision": None, "gguf_file": None}  # those are of the policy's weights
+        return CriticModel(settings.model_copy(update=changes))
     return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
 
 

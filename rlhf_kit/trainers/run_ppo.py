@@ -9,7 +9,9 @@ from transformers import set_seed
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlhf_kit.data.load import load_data
+from rlhf_kit.errors import RunError
 from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.trainers.args import batch_of, check_batch
 from rlhf_kit.trainers.config import Ppo
 from rlhf_kit.trainers.export import export_model, export_sources
 from rlhf_kit.trainers.ppo import PpoTrainer
@@ -41,7 +43,11 @@ def run_ppo(stage: Ppo, run: StageRun) -> dict[str, Any]:
     results |= {"updates": trainer.state.global_step, "skipped_updates": trainer.guard.skipped}
     accuracies = trainer.evaluations
     if accuracies:
-        results |= {"eval_accuracy_start": accuracies[0][1], "eval_accuracy": accuracies[-1][1]}
+        step, accuracy = accuracies[-1]
+        if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+            step, accuracy = trainer.state.best_global_step, trainer.state.best_metric
+            results["eval_accuracy_last"] = accuracies[-1][1]
+        results |= {"eval_accuracy_start": accuracies[0][1], "eval_accuracy": accuracy, "eval_step": step}
     return results | _step_auc(trainer.state.log_history)
 
 
@@ -84,17 +90,20 @@ def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:
 def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
     """TRL's GRPOConfig for a stage."""
     given = dict(stage.trainer.args)
-    generations = given.get("num_generations")
-    if generations == 1:
-        # TRL refuses a group of one when it is built, though nothing in it needs more once advantages are ours.
-        given["num_generations"] = 2
-        per_device = given.get("per_device_train_batch_size", 8)
-        if per_device % 2:
-            given["num_generations"] = per_device * given.get("gradient_accumulation_steps", 1)
+    single = given.get("num_generations") == 1
+    if single:
+        # TRL refuses groups of one when it is built, though nothing in it needs more once advantages are ours. Groups
+        # of two suit any batch of two steps; what was meant is set below.
+        given |= {"num_generations": 2, "num_generations_eval": 1}
+        given |= {"generation_batch_size": None, "steps_per_generation": 2}
     if stage.stop_strings and given.get("use_vllm"):
         given["generation_kwargs"] = {"stop": list(stage.stop_strings), **(given.get("generation_kwargs") or {})}
     args = build_args(GRPOConfig, run, given, **PPO_DEFAULTS)
-    if generations == 1:
+    if single:
+        problems = [str(problem.under("trainer.args")) for problem in check_batch(stage, args.world_size)]
+        if problems:
+            raise RunError("\n".join(problems))
         args.num_generations = 1
-        args.num_generations_eval = 1
+        args.generation_batch_size = batch_of(stage, args.world_size).rollout
+        args.steps_per_generation = args.generation_batch_size // (args.per_device_train_batch_size * args.world_size)
     return args

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from rlhf_kit.models.config import Lora, Pretrained
 from rlhf_kit.models.critic import ActorCriticOutput, CriticModel, ValueHead, add_critic, values_of_completion
+from rlhf_kit.models.loading import load_model
 from rlhf_kit.models.scorer import add_log_prob_head, rollout_outputs
+from rlhf_kit.trainers.config import Critic
+from rlhf_kit.trainers.ppo_parts import build_critic
 
 
 def disturbed(head: ValueHead) -> ValueHead:
@@ -92,7 +100,7 @@ def test_value_gradients_reach_the_head_and_the_policy(policy, rollout) -> None:
 def test_a_critic_model_is_a_transformer_of_its_own(make_model, saved, rollout) -> None:
     model = make_model(seed=5)
     add_log_prob_head(model)
-    critic = CriticModel(saved, torch.float32)
+    critic = CriticModel(Pretrained(path=saved))
     disturbed(critic.head)
     add_critic(model, critic)
     _, values = rollout_outputs(model, rollout, ("log_probs", "state_values"), with_values=True)
@@ -102,3 +110,54 @@ def test_a_critic_model_is_a_transformer_of_its_own(make_model, saved, rollout) 
     values.sum().backward()
     assert critic.backbone.embed_tokens.weight.grad.abs().sum() > 0
     assert model.model.embed_tokens.weight.grad is None
+
+
+@pytest.fixture
+def adapted(saved, tmp_path: Path) -> str:
+    """Folder of a LoRA adapter that changes what the tiny model computes."""
+    model = load_model(Pretrained(path=saved, peft=Lora(r=2)))
+    assert isinstance(model, PeftModel)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "adapted"))
+    return str(tmp_path / "adapted")
+
+
+def policy_of(config: Pretrained) -> PreTrainedModel:
+    model = load_model(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["the critic's", "the policy's"])
+def test_a_critic_starts_from_a_folder_with_an_adapter(saved, adapted, rollout, named: bool) -> None:
+    policy = policy_of(Pretrained(path=saved if named else adapted))
+    critic = build_critic(Critic(type="model", path=adapted if named else None), policy)
+    assert isinstance(critic, CriticModel)
+    ids = rollout.prompt_ids[2][None]
+    expected = load_model(Pretrained(path=adapted)).model(input_ids=ids).last_hidden_state
+    base = load_model(Pretrained(path=saved)).model(input_ids=ids).last_hidden_state
+    hidden = critic.backbone(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(hidden, expected)
+    assert not torch.allclose(hidden, base, atol=1e-3)
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+    assert not any("lora" in name or "lm_head" in name for name, _ in critic.named_parameters())
+
+
+def test_a_critic_loads_as_its_policy_did(saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("rlhf_kit.models.critic.load_model", lambda config: asked.append(config) or load_model(config))
+    policy = policy_of(Pretrained(path=saved, dtype="bfloat16"))
+    own = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": "eager", "peft": Lora(r=2)}
+    settings = Pretrained(path=saved, revision="v1", **own)
+    build_critic(Critic(type="model"), policy, settings)
+    expected = settings.model_copy(update={"dtype": "bfloat16", "peft": None})
+    assert asked.pop() == expected
+    other = settings.model_copy(update={"path": "some/policy"})
+    build_critic(Critic(type="model", path=saved), policy, other)
+    assert asked.pop() == expected.model_copy(update={"revision": None})
+    critic = build_critic(Critic(type="model"), policy)
+    assert isinstance(critic, CriticModel) and critic.backbone.dtype == torch.bfloat16

@@ -89,6 +89,12 @@ def test_a_folder_with_an_adapter_gives_its_base_with_the_adapter_merged_in(save
     assert not torch.allclose(logits(load_model(Pretrained(path=saved))), expected, atol=1e-2)
 
 
+def test_a_merged_adapter_leaves_a_model_that_learns(saved, tmp_path) -> None:
+    load_model(Pretrained(path=str(saved), peft=Lora(r=2))).save_pretrained(tmp_path / "adapter")
+    model = load_model(Pretrained(path=str(tmp_path / "adapter")))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_an_adapter_on_an_adapter_holds_both(saved, tmp_path) -> None:
     adapter_folder(saved, tmp_path / "first")
     expected = adapter_folder(str(tmp_path / "first"), tmp_path / "second")

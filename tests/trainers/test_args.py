@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import pytest
 
 from rlhf_kit.problems import UNSET
 from rlhf_kit.trainers.args import batch_of, check_args, check_batch
 from rlhf_kit.trainers.argument_source import arguments, enum_values, trackers
-from rlhf_kit.trainers.config import Ppo, Sft
+from rlhf_kit.trainers.config import Credit, Ppo, Sft
 
 CLASSES = [
     "trl.SFTConfig",
@@ -280,3 +281,57 @@ def test_other_stages_have_no_rollout() -> None:
     )
     assert batch_of(stage, 4).rows_per_update == 4 * 8 * 2
     assert batch_of(stage, 4).rollout == 0
+
+
+ONE_A_PROMPT = {"num_generations": 1, "max_steps": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["gae", "reinforce"])
+@pytest.mark.parametrize(
+    ("args", "steps", "rollout"),
+    [
+        ({"per_device_train_batch_size": 1}, 1, 1),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}, 3, 3),
+        ({"per_device_train_batch_size": 3, "steps_per_generation": 5, "gradient_accumulation_steps": 5}, 5, 15),
+        ({"per_device_train_batch_size": 1, "generation_batch_size": 1}, 1, 1),
+        ({"per_device_train_batch_size": 3, "generation_batch_size": 9}, 3, 9),
+        ({"per_device_train_batch_size": 1, "per_device_eval_batch_size": 3, "eval_strategy": "steps"}, 1, 1),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, 2, 16),
+        ({}, 1, 8),
+    ],
+)
+def test_one_completion_a_prompt_suits_any_batch(
+    estimator: str, args: dict, steps: int, rollout: int, tmp_path: Path
+) -> None:
+    from rlhf_kit.trainers.run_ppo import ppo_args
+    from rlhf_kit.trainers.setup import StageRun
+
+    stage = ppo(**ONE_A_PROMPT, **args).model_copy(update={"credit": Credit(estimator=estimator)})  # pyright: ignore
+    assert check_batch(stage, 1) == []
+    built = ppo_args(stage, StageRun(tmp_path))
+    assert (built.num_generations, built.num_generations_eval) == (1, 1)
+    assert (built.steps_per_generation, built.generation_batch_size) == (steps, rollout)
+    assert built.gradient_accumulation_steps == args.get("gradient_accumulation_steps", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, {}])
+def test_one_completion_a_prompt_differs_in_the_group_alone(args: dict, tmp_path: Path) -> None:
+    from rlhf_kit.trainers.run_ppo import ppo_args
+    from rlhf_kit.trainers.setup import StageRun
+
+    one, two = (ppo_args(ppo(num_generations=n, **args), StageRun(tmp_path)).to_dict() for n in (1, 2))
+    changed = {name for name in two if one[name] != two[name]}
+    assert changed == {"num_generations", "num_generations_eval"}
+
+
+@pytest.mark.slow
+def test_one_completion_a_prompt_still_needs_a_rollout_of_whole_steps(tmp_path: Path) -> None:
+    from rlhf_kit.errors import RunError
+    from rlhf_kit.trainers.run_ppo import ppo_args
+    from rlhf_kit.trainers.setup import StageRun
+
+    stage = ppo(**ONE_A_PROMPT, per_device_train_batch_size=2, generation_batch_size=3)
+    with pytest.raises(RunError, match=r"trainer\.args\.generation_batch_size: is no multiple of 2 \(value 3\)"):
+        ppo_args(stage, StageRun(tmp_path))
