@@ -48,7 +48,8 @@ def min_form_returns(step_rewards: Float[Tensor, "B K"], step_mask: Bool[Tensor,
     Min-form credit (PURE, arXiv 2504.15275): no step gains by what is good elsewhere, and the return cannot
     grow with the number of steps. The paper reaches it by weighting rewards with a softmax of `-r /
     temperature` inside the summed return; in the limit of temperature 0 that gives steps behind the worst one
-    0, whereas here they keep the least reward among the steps that they can still influence.
+    0, whereas here they keep the least reward among the steps that they can still influence. Its bias: the first step
+    follows the gradient of the expected least reward of all, a later one also where an earlier step was worse already.
     """
     rewards = torch.where(step_mask, step_rewards.float(), torch.inf)
     return zero_outside(rewards.flip(1).cummin(dim=1).values.flip(1), step_mask)

@@ -12,11 +12,15 @@ import torch
 from rlhf_kit.credit import (
     gae,
     group_centred,
+    min_form_returns,
     place_at_last,
     place_on_actions,
     prime_advantages,
     reinforce_returns,
     rloo,
+    spread_to_tokens,
+    steps_present,
+    sum_by_step,
 )
 
 EOS, VOCABULARY, LENGTH = 0, 3, 3
@@ -253,3 +257,49 @@ def test_prime_immediate_does_not_credit_what_an_action_leads_to():
     same(prime(toy, 2, "return_to_go"), truth)
     assert truth[first].abs().max() > 0.1
     torch.testing.assert_close(prime(toy, 2, "immediate"), torch.zeros_like(toy.logits), atol=1e-6, rtol=0)
+
+
+def least_to_come(toy):
+    """E[least reward from here on | prefix, action] for every prefix and action, by enumeration."""
+    policy, index = toy.logits.detach().softmax(1), toy.index
+
+    def futures(prefix, action):
+        """Every continuation as (probability, least reward)."""
+        reward = toy.reward[index[prefix], action].item()
+        after = (*prefix, action)
+        if after not in index:
+            return [(1.0, reward)]
+        return [
+            (policy[index[after], following].item() * chance, min(reward, least))
+            for following in range(VOCABULARY)
+            for chance, least in futures(after, following)
+        ]
+
+    table = torch.zeros_like(toy.reward)
+    for prefix, i in index.items():
+        for action in range(VOCABULARY):
+            table[i, action] = sum(chance * least for chance, least in futures(prefix, action))
+    return table
+
+
+def test_min_form_raises_the_least_reward_still_to_come_from_each_state(toy):
+    """The gradient of sum_s d(s) E_pi[min of the rewards from s on] at fixed visits d and fixed later policy.
+
+    At the first token that is the gradient of the objective, the expected least reward; later ones are also credited
+    where an earlier step was worse already, which no later step can mend.
+    """
+    toy.reward *= 2
+    toy.rewards = toy.on_tokens(toy.reward)
+    step_ids = torch.full_like(toy.token, -1)
+    step_ids[:, COLUMNS] = torch.arange(LENGTH).expand(len(toy.sequences), LENGTH)
+    step_ids[~toy.mask] = -1
+    step_mask = steps_present(step_ids, LENGTH)
+    returns = min_form_returns(sum_by_step(toy.rewards, step_ids, LENGTH), step_mask)
+    found = toy.expected(spread_to_tokens(returns, step_ids))
+    same(found, toy.gradient((visits(toy)[:, None] * toy.logits.softmax(1) * least_to_come(toy)).sum()))
+
+    least = torch.where(toy.mask, toy.rewards, torch.inf).min(dim=1).values
+    objective = toy.gradient((toy.probability * least).sum())
+    first = toy.index[()]
+    same(found[first], objective[first])
+    differ(found, objective)
