@@ -21,11 +21,12 @@ def greedy_scores(
     evaluation: Evaluation,
     rank: int = 0,
     world_size: int = 1,
-    on_batch: Callable[[int], None] = lambda done: None,
+    on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[float]:
     """The verifier's score of one greedy completion for each of this rank's prompts (every `world_size`-th).
 
     All ranks generate the same number of batches, so that a sharded model does not wait for one that is done.
+    `on_batch` is told how many rows all ranks have done, of how many, as if the others were as far as this one.
 
     Raises:
         ValueError: the verifier cannot judge a row, whatever its completion; the same on every rank.
@@ -46,7 +47,7 @@ def greedy_scores(
         [row["prompt"] for row in shown],
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
-        on_batch=on_batch,
+        on_batch=lambda done, share: on_batch(len(rows) * done // share, len(rows)),
     )
     judged = zip(places, completions, shown, strict=True)
     scores = [verify(evaluation.verifier, text, row) for place, text, row in judged if place < len(rows)]

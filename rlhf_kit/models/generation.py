@@ -28,12 +28,14 @@ def generate_ids(
     max_new_tokens: int,
     temperature: float | None = None,
     batch_size: int = 64,
-    on_batch: Callable[[int], None] = lambda done: None,
+    synced_gpus: bool | None = None,
+    on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[int]]:
     """The tokens of one completion a prompt, greedy or sampled at `temperature`, up to the one that ends it.
 
-    Prompts are text or messages (rendered with the tokenizer's chat template). `on_batch` is told how many rows
-    are done.
+    Prompts are text or messages (rendered with the tokenizer's chat template). `synced_gpus` is transformers': None
+    lets the processes of ZeRO-3 wait for each other at every token, False is for a model that each has whole.
+    `on_batch` is told how many rows are done, of how many, at the start and after each batch.
     """
     policy = cast(Any, model)  # transformers adds `generate` to the classes that it instantiates
     was_training = model.training
@@ -43,6 +45,7 @@ def generate_ids(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     ends = eos_token_ids(model, tokenizer)
     completions: list[list[int]] = []
+    on_batch(0, len(prompts))
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(tokenizer, prompts[start : start + batch_size])
         output = policy.generate(
@@ -51,11 +54,12 @@ def generate_ids(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
             disable_compile=True,
+            synced_gpus=synced_gpus,
             **sampling,
         )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         completions.extend(_through_end(ids, ends) for ids in new_ids.tolist())
-        on_batch(len(completions))
+        on_batch(len(completions), len(prompts))
     model.train(was_training)
     return completions
 

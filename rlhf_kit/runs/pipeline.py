@@ -78,6 +78,7 @@ def _run_stage(
         callbacks=watchers,
         functions=functions,
         log_samples=partial(_log_samples, folder) if main else None,
+        progress=watchers[1].show_work if watchers else None,
     )
     if main:
         record_stage(recipe, name, begun=run.last_checkpoint() is not None)

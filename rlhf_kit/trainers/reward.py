@@ -20,7 +20,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_kit.credit.implicit import implicit_rewards, log_odds, outcome_cross_entropy
 from rlhf_kit.data.config import DataConfig
-from rlhf_kit.data.load import load_data
+from rlhf_kit.data.load import Sampler, load_data
 from rlhf_kit.data.outcomes import OutcomeRows, collate_outcomes, encode_outcomes
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import auc
@@ -49,17 +49,19 @@ def run_reward(stage: Reward, run: StageRun) -> dict[str, Any]:
     build = {"ce": _ce_trainer, "dpo": _dpo_trainer, "nca": _dpo_trainer, "kto": _kto_trainer}
     trainer, reference = build[stage.objective](stage, run, tokenizer)
     train(trainer, run)
-    export_model(trainer, run.folder / "model")
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():  # before the model, for it is uploaded with it
         write_prm_record(run.folder / "model", stage.beta, reference_path)
+    export_model(trainer, run.folder / "model")
     results: dict[str, Any] = {"updates": trainer.state.global_step}
     prm = TrainedPrm(trainer, reference, stage.beta, tokenizer)
     if stage.eval_data is not None:
-        results |= held_out(prm, _encoded(stage, stage.eval_data, tokenizer), trainer.args.per_device_eval_batch_size)
+        data = _encoded(stage, stage.eval_data, tokenizer, _sampler(run))
+        results |= held_out(prm, data, trainer.args.per_device_eval_batch_size, run.on_batch("evaluation"))
         trainer.log({f"eval_{name}": value for name, value in results.items() if name != "updates"})
     if stage.step_evaluation is not None:
         folder = run.folder if trainer.is_world_process_zero() else None
-        results["step_detection"] = detect_first_errors(stage, prm.token_rewards, tokenizer, folder)
+        on_batch = run.on_batch("step evaluation")
+        results["step_detection"] = detect_first_errors(stage, prm.token_rewards, tokenizer, folder, on_batch)
     return results
 
 
@@ -114,16 +116,23 @@ class TrainedPrm:
             return token_rewards(self._model.eval(), self._reference, on_device, self._beta).cpu()
 
 
-def held_out(prm: TrainedPrm, data: Dataset, batch_size: int) -> dict[str, float]:
+def held_out(
+    prm: TrainedPrm,
+    data: Dataset,
+    batch_size: int,
+    on_batch: Callable[[int, int], object] = lambda done, total: None,
+) -> dict[str, float]:
     """Cross-entropy, and area under the ROC curve, of the summed rewards of labelled rows."""
     scores: list[float] = []
     losses: list[float] = []
     for start in range(0, len(data), batch_size):
+        on_batch(start, len(data))
         rows = data.select(range(start, min(start + batch_size, len(data)))).to_list()
         rewards = prm.token_rewards(rows)
         labels, offsets = (torch.tensor([row[name] for row in rows]) for name in ("label", "offset"))
         losses += outcome_cross_entropy(rewards, labels, offsets).tolist()
         scores += rewards.sum(dim=1).tolist()
+    on_batch(len(data), len(data))
     right = [score for score, label in zip(scores, data["label"], strict=True) if label >= 0.5]
     wrong = [score for score, label in zip(scores, data["label"], strict=True) if label < 0.5]
     area = auc(right, wrong)
@@ -133,9 +142,13 @@ def held_out(prm: TrainedPrm, data: Dataset, batch_size: int) -> dict[str, float
 # --- data ---
 
 
-def _load(stage: Reward, config: DataConfig) -> Dataset:
+def _sampler(run: StageRun) -> Sampler:
+    return partial(sample_completions, on_batch=run.on_batch("sampling"))
+
+
+def _load(stage: Reward, config: DataConfig, sampler: Sampler) -> Dataset:
     """The columns that the objective learns from, less the problems that `step_evaluation` judges."""
-    data = without_evaluated_problems(stage, load_data(config, sample_completions))
+    data = without_evaluated_problems(stage, load_data(config, sampler))
     columns = PAIR if stage.objective in ("dpo", "nca") else LABELLED
     missing = [name for name in columns if name not in data.column_names]
     if missing:
@@ -147,9 +160,9 @@ def _load(stage: Reward, config: DataConfig) -> Dataset:
     return data.select_columns(kept if stage.objective == "ce" else list(columns))
 
 
-def _encoded(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _encoded(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase, sampler: Sampler) -> Dataset:
     """Labelled rows as token ids, with their offsets; a pair gives a right and a wrong row."""
-    data = cast(Iterable[dict[str, Any]], _load(stage, config))
+    data = cast(Iterable[dict[str, Any]], _load(stage, config, sampler))
     if stage.objective in ("dpo", "nca"):
         data = [
             {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
@@ -189,14 +202,15 @@ def _ce_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase
     base = isinstance(model, PeftModel) and stage.reference is None
     reference = _base(cast(PeftModel, model)) if base else _frozen(stage, args.device)
     evaluates = stage.eval_data is not None and args.eval_strategy != "no"
+    sampler = _sampler(run)
     trainer = OutcomeTrainer(
         reference=reference,
         beta=stage.beta,
         model=model,
         args=args,
         processing_class=tokenizer,
-        train_dataset=_encoded(stage, stage.data, tokenizer),
-        eval_dataset=_encoded(stage, stage.eval_data, tokenizer) if stage.eval_data and evaluates else None,
+        train_dataset=_encoded(stage, stage.data, tokenizer, sampler),
+        eval_dataset=_encoded(stage, stage.eval_data, tokenizer, sampler) if stage.eval_data and evaluates else None,
         data_collator=partial(collate_outcomes, pad_token_id=cast(int, tokenizer.pad_token_id)),
         callbacks=list(run.callbacks),
     )
@@ -227,12 +241,13 @@ def _trl_trainer(
     shared = isinstance(model, PeftModel) and stage.reference is None
     evaluates = stage.eval_data is not None and args.eval_strategy != "no"
     frozen = None if shared else _frozen(stage, args.device, head=False)
+    sampler = _sampler(run)
     trainer = trainer_class(
         model=model,
         ref_model=None if frozen is None else frozen.model,
         args=args,
-        train_dataset=_load(stage, stage.data),
-        eval_dataset=_load(stage, stage.eval_data) if stage.eval_data and evaluates else None,
+        train_dataset=_load(stage, stage.data, sampler),
+        eval_dataset=_load(stage, stage.eval_data, sampler) if stage.eval_data and evaluates else None,
         processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )
@@ -254,7 +269,7 @@ def _frozen(stage: Reward, device: torch.device, head: bool = True) -> Scorer:
         return Scorer(cast(nn.Module, load_model(config)).requires_grad_(False).eval().to(device), [])
     model = load_copy(config)
     add_log_prob_head(model)
-    return Scorer(model.to(device), [])
+    return Scorer(cast(nn.Module, model).to(device), [])
 
 
 def _reference_path(stage: Reward) -> str:

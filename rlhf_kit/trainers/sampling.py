@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import set_seed
@@ -14,30 +15,39 @@ from rlhf_kit.data.config import Sampled
 from rlhf_kit.data.load import SampledCompletion
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
-from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.models.loading import load_copy, load_tokenizer
+
+SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring data sets
 
 
 def sample_completions(
-    config: Sampled, prompts: Dataset, on_batch: Callable[[int], None] = lambda done: None
+    config: Sampled, prompts: Dataset, on_batch: Callable[[int, int], object] = lambda done, total: None
 ) -> list[list[SampledCompletion]]:
-    """`config.num_generations` completions for every row of `prompts`."""
+    """`config.num_generations` completions for every row of `prompts`, the same on every process.
+
+    Each process samples for a block of the prompts, with a whole model of its own. `on_batch` is told how many
+    completions there are, of how many, as if the other processes were as far as this one.
+    """
+    processes = PartialState()
+    rank, world = processes.process_index, processes.num_processes
     model_config = Pretrained(path=config.model)
-    model = cast(nn.Module, load_model(model_config))
+    model = cast(nn.Module, load_copy(model_config)).to(processes.device)
     tokenizer = load_tokenizer(model_config)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    set_seed(config.seed)
-    repeated = [prompt for prompt in prompts["prompt"] for _ in range(config.num_generations)]
-    completions = generate_ids(
+    set_seed((config.seed + rank * SEED_STRIDE) % 2**32)
+    k = config.num_generations
+    total = k * len(prompts)
+    first, end = (len(prompts) * edge // world for edge in (rank, rank + 1))
+    own = generate_ids(
         model,
         tokenizer,
-        repeated,
+        [prompt for prompt in prompts["prompt"][first:end] for _ in range(k)],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         batch_size=config.batch_size,
-        on_batch=on_batch,
+        synced_gpus=False,
+        on_batch=lambda done, share: on_batch(total * done // max(share, 1), total),
     )
+    completions = cast(list[list[int]], gather_object(own))
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     sampled = [SampledCompletion(text, ids) for text, ids in zip(texts, completions, strict=True)]
-    k = config.num_generations
-    return [sampled[start : start + k] for start in range(0, len(sampled), k)]
+    return [sampled[start : start + k] for start in range(0, total, k)]

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ class StageRun:
         callbacks: loggers and the progress display.
         functions: reward functions by name.
         log_samples: receives the samples of a rollout.
+        progress: is told what is being done beside training, how much of it is done, and of how much.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class StageRun:
     callbacks: Sequence[TrainerCallback] = ()
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     log_samples: Callable[[int, list[dict[str, Any]]], object] | None = None
+    progress: Callable[[str, int, int], object] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -45,6 +48,10 @@ class StageRun:
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint."""
         return newest_checkpoints(self.checkpoints)[0]
+
+    def on_batch(self, what: str) -> Callable[[int, int], object]:
+        """`progress` of one kind of work."""
+        return partial(self.progress, what) if self.progress is not None else lambda done, total: None
 
 
 def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defaults: Any) -> Args:

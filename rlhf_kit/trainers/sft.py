@@ -49,7 +49,8 @@ def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
     results: dict[str, Any] = {"updates": trainer.state.global_step}
     if stage.evaluation is not None and stage.eval_data is not None:
         model = cast(nn.Module, trainer.accelerator.unwrap_model(trainer.model))
-        scores = greedy_scores(model, tokenizer, load_data(stage.eval_data), stage.evaluation)
+        held_out = load_data(stage.eval_data)
+        scores = greedy_scores(model, tokenizer, held_out, stage.evaluation, on_batch=run.on_batch("evaluation"))
         results["eval_accuracy"] = sum(scores) / len(scores)
         trainer.log({"eval_accuracy": results["eval_accuracy"]})
     return results

@@ -27,7 +27,11 @@ TokenScorer = Callable[[Sequence[Mapping[str, Any]]], Tensor]
 
 
 def detect_first_errors(
-    stage: Reward, token_rewards: TokenScorer, tokenizer: PreTrainedTokenizerBase, folder: Path | None
+    stage: Reward,
+    token_rewards: TokenScorer,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None,
+    on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Any]:
     """ProcessBench's first-error F1 and the step AUC of the PRM, beside chance and baselines without a model.
 
@@ -37,7 +41,7 @@ def detect_first_errors(
     assert stage.step_evaluation is not None
     config = stage.step_evaluation
     solutions = load_processbench(local_file(config.path), config.limit)
-    scores = step_scores(stage, token_rewards, tokenizer, solutions)
+    scores = step_scores(stage, token_rewards, tokenizer, solutions, on_batch)
     if folder is not None:
         with (folder / "step_scores.jsonl").open("w", encoding="utf-8") as file:
             for solution, row in zip(solutions, scores, strict=True):
@@ -75,13 +79,21 @@ def _words(prompt: Text) -> str:
 
 
 def step_scores(
-    stage: Reward, token_rewards: TokenScorer, tokenizer: PreTrainedTokenizerBase, solutions: Sequence[Solution]
+    stage: Reward,
+    token_rewards: TokenScorer,
+    tokenizer: PreTrainedTokenizerBase,
+    solutions: Sequence[Solution],
+    on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[float]]:
-    """Summed token reward of every step of every solution; a separator belongs to the step that it ends."""
+    """Summed token reward of every step of every solution; a separator belongs to the step that it ends.
+
+    `on_batch` is told how many solutions are scored, of how many.
+    """
     assert stage.step_evaluation is not None
     separator = stage.step_evaluation.separator
-    scores = []
+    scores: list[list[float]] = []
     for solution in solutions:
+        on_batch(len(scores), len(solutions))
         prompt, completion = _prompt(stage, solution.problem), separator.join(solution.steps)
         row = encode_row(tokenizer, prompt, completion)
         _, rendered = render_row(tokenizer, prompt, completion)
@@ -89,6 +101,7 @@ def step_scores(
         rewards = token_rewards([row])[:, : len(steps)]
         sums = sum_by_step(rewards, torch.tensor([steps], device=rewards.device), len(solution.steps))
         scores.append(sums[0].tolist())
+    on_batch(len(scores), len(solutions))
     return scores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,11 @@ class TestLines:
         rates = [line.partition("tokens/s ")[2] for line in file.getvalue().splitlines()]
         assert rates == ["", "50", "200"]
 
+    def test_before_the_number_of_updates_is_known_there_is_none(self) -> None:
+        callback, file = progress()
+        tell(callback, "on_log", state(0, updates=0), logs={"eval_accuracy": 0.25})
+        assert file.getvalue() == "ppo  held-out 0.250\n"
+
     def test_markup_in_a_title_is_text_and_a_long_line_is_one_line(self) -> None:
         callback, file = progress(title="[red]" + "x" * 200)
         tell(callback, "on_log", state(1), logs={"loss": 0.5})
@@ -122,6 +128,87 @@ class TestBar:
         tell(callback, "on_log", state(4), logs={"eval_accuracy": 0.5})  # evaluations come after the training too
         tell(callback, "on_train_end", state(4))
         assert len(file.getvalue()) == length
+
+
+class TestWorkBesideTraining:
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        monkeypatch.setenv("TERM", "xterm-256color")
+        clock = SimpleNamespace(now=100.0)
+        monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
+        return clock
+
+    def work(self, callback: ProgressCallback, clock: SimpleNamespace, seconds: float, batches: int) -> None:
+        """Work of 10 rows a batch that takes `seconds`."""
+        for batch in range(batches + 1):
+            callback.show_work("sampling", 10 * batch, 10 * batches)
+            clock.now += seconds / batches
+
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_of_under_two_seconds_is_not_shown(self, clock: SimpleNamespace, terminal: bool) -> None:
+        callback, file = progress(terminal)
+        for _ in range(20):
+            self.work(callback, clock, 1.9, 5)
+        assert file.getvalue() == ""
+
+    def test_gives_lines_ten_seconds_apart(self, clock: SimpleNamespace) -> None:
+        callback, file = progress(title="prm")
+        self.work(callback, clock, 40, 80)
+        lines = [f"prm sampling {done}/800" for done in (40, 240, 440, 640)]
+        assert file.getvalue().splitlines() == lines
+
+    def test_that_takes_an_hour_gives_a_line_a_minute(self, clock: SimpleNamespace) -> None:
+        callback, file = progress(title="prm")
+        self.work(callback, clock, 3600, 3600)
+        assert len(file.getvalue().splitlines()) == 60
+
+    def test_has_a_bar_of_its_own_that_goes_when_it_is_done(self, clock: SimpleNamespace) -> None:
+        callback, file = progress(terminal=True, title="prm")
+        self.work(callback, clock, 10, 5)
+        text = file.getvalue()
+        assert "prm sampling" in text and "10/50" in text
+        hide, show = "\x1b[?25l", "\x1b[?25h"
+        assert text.count(hide) == text.count(show) == 1
+        self.work(callback, clock, 10, 5)
+        assert file.getvalue().count(hide) == file.getvalue().count(show) == 2
+
+    def test_in_the_middle_of_training_has_a_second_bar_of_the_same_display(self, clock: SimpleNamespace) -> None:
+        callback, file = progress(terminal=True)
+        tell(callback, "on_train_begin", state())
+        for done in range(5):
+            tell(callback, "on_prediction_step", state(1), done=done, total=4)
+            clock.now += 3
+        tell(callback, "on_prediction_step", state(1))  # transformers' own, of a loss
+        tell(callback, "on_step_end", state(2))
+        tell(callback, "on_log", state(2), logs={"loss": 0.5})
+        assert file.getvalue().count("\x1b[?25h") == 0
+        tell(callback, "on_train_end", state(2))
+        assert "ppo evaluation" in file.getvalue()
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+        last = [line for line in shown if line.strip()][-1]
+        assert "2/4" in last and "loss 0.500" in last and "evaluation" not in last
+
+    def test_is_readable_on_a_narrow_terminal(self, clock: SimpleNamespace) -> None:
+        file = io.StringIO()
+        callback = ProgressCallback("ppo", Console(file=file, force_terminal=True, width=80))
+        tell(callback, "on_train_begin", state())
+        tell(callback, "on_log", state(1), logs={f"rewards/source{number}/mean": 0.5 for number in range(9)})
+        callback.show_work("evaluation", 0, 512)
+        clock.now += 3
+        callback.show_work("evaluation", 256, 512)
+        callback.close()
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).splitlines()
+        last = [line for line in shown if line.strip()][-2:]
+        assert "ppo " in last[0] and "0/4" in last[0] and "source0" in last[0] and "…" in last[0]
+        assert "ppo evaluation" in last[1] and "256/512" in last[1] and "━" in last[1]
+
+    def test_that_is_interrupted_leaves_the_terminal_as_it_was(self, clock: SimpleNamespace) -> None:
+        callback, file = progress(terminal=True)
+        callback.show_work("sampling", 0, 8)
+        clock.now += 5
+        callback.show_work("sampling", 4, 8)
+        callback.close()
+        assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 1
 
 
 @pytest.mark.parametrize("terminal", [False, True])

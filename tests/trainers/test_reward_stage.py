@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
+from rlhf_kit.data.config import Sampled
+from rlhf_kit.data.load import load_data
 from rlhf_kit.data.outcomes import collate_outcomes, encode_row
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, token_outputs
+from rlhf_kit.trainers import sampling
 from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.reward import TrainedPrm, held_out, peer_rates, run_reward, token_rewards
 from rlhf_kit.trainers.setup import StageRun
@@ -175,16 +181,49 @@ def test_peer_rates_leave_the_row_itself_out() -> None:
     assert peer_rates(prompts, labels).tolist() == [0.5, 1.0, 0.5, 1.0, 0.5, 0.0]
 
 
+def sampled(model: str, **fields: Any) -> dict[str, Any]:
+    prompts = {"type": "running_sums", "size": 6, "terms": 2, "modulus": 5}
+    settings = {"type": "sampled", "model": model, "prompts": prompts, "verifier": "exact"}
+    return {**settings, "num_generations": 2, "max_new_tokens": 3, **fields}
+
+
 def test_sampled_data_are_labelled_by_their_outcome(stage, tmp_path, policy_path) -> None:
-    data = {
-        "type": "sampled",
-        "model": policy_path,
-        "prompts": {"type": "running_sums", "size": 6, "terms": 2, "modulus": 5},
-        "verifier": "exact",
-        "num_generations": 2,
-        "max_new_tokens": 3,
-    }
-    assert run_reward(stage(data, offset="prompt"), StageRun(tmp_path / "run"))["updates"] == 2
+    told = []
+    run = StageRun(tmp_path / "run", progress=lambda *work: told.append(work))
+    given = stage(sampled(policy_path, batch_size=5), offset="prompt", eval_data=sampled(policy_path))
+    assert run_reward(given, run)["updates"] == 2
+    expected = {"sampling": (0, 5, 10, 12, 0, 12), "evaluation": (0, 8, 12)}
+    assert told == [(what, done, 12) for what, counts in expected.items() for done in counts]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_processes_share_the_sampling_and_all_have_all_of_it(monkeypatch, policy_path, world) -> None:
+    """Of 6 prompts, each in one block; what the first process samples is what it would sample of these alone."""
+    config = Sampled.model_validate(sampled(policy_path))
+    prompts = load_data(config.prompts)
+    asked, blocks, told = [], [], []
+
+    def recorded(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> list[list[int]]:
+        asked.append(prompts)
+        blocks.append(generate_ids(model, tokenizer, prompts, **options))
+        return blocks[-1]
+
+    monkeypatch.setattr(sampling, "generate_ids", recorded)
+    for rank in range(world):
+        state = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
+        monkeypatch.setattr(sampling, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(sampling, "gather_object", lambda own: ([*chain(*blocks)] + [[0]] * 12)[:12])
+        groups = sampling.sample_completions(config, prompts, lambda *counts: told.append(counts))
+    assert [*chain(*asked)] == [prompt for prompt in prompts["prompt"] for _ in range(2)]
+    assert max(map(len, asked)) - min(map(len, asked)) <= 2
+    assert [completion.ids for completion in chain(*groups)] == [*chain(*blocks)]
+    assert [len(group) for group in groups] == [2] * 6
+    assert {total for _, total in told} == {12} and told[-1] == (12, 12)
+    if world == 2:
+        assert blocks[0] != blocks[1]
+        set_seed(config.seed)
+        model, tokenizer = load_model(Pretrained(path=policy_path)), load_tokenizer(Pretrained(path=policy_path))
+        assert blocks[0] == generate_ids(model, tokenizer, asked[0], max_new_tokens=3, temperature=1.0)
 
 
 def test_held_out_rows_are_evaluated_in_the_middle_of_training_too(stage, rows, tmp_path) -> None:

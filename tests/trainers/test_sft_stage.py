@@ -104,9 +104,9 @@ def test_the_loss_is_on_completions_alone(policy_path: str, tmp_path: Path) -> N
 def test_the_evaluated_accuracy_is_that_of_the_written_model(tmp_path: Path) -> None:
     eval_data = {**DATA, "seed": 3, "size": 20}
     evaluation = {"verifier": "exact", "max_new_tokens": 4, "batch_size": 7}
-    logs = Logs()
+    logs, told = Logs(), []
     given = stage({"max_steps": 30}, eval_data=eval_data, evaluation=evaluation)
-    results = run_sft(given, StageRun(tmp_path, callbacks=[logs]))
+    results = run_sft(given, StageRun(tmp_path, callbacks=[logs], progress=lambda *work: told.append(work)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     rows = load_data(given.eval_data).to_list()
@@ -115,6 +115,7 @@ def test_the_evaluated_accuracy_is_that_of_the_written_model(tmp_path: Path) -> 
     assert 0 < sum(scores) < len(scores)
     assert results["eval_accuracy"] == sum(scores) / len(scores)
     assert logs.entries[-1]["eval_accuracy"] == results["eval_accuracy"]
+    assert told == [("evaluation", done, 20) for done in (0, 7, 14, 20)]
 
 
 def test_rows_that_the_verifier_cannot_judge_are_an_error(tmp_path: Path) -> None:
