@@ -161,7 +161,7 @@ def read_prm_record(path: str, remote: bool = False) -> dict[str, Any] | None:
     """
     record = Path(path) / PRM_RECORD
     if remote and not Path(path).exists():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(path, PRM_RECORD, _raise_exceptions_for_missing_entries=False)
         record = Path(found) if found is not None else record
