@@ -103,8 +103,8 @@ def check(
     - `rlhf-kit check recipe.yaml --config zero2 --num-processes 4`
     """
     loaded, world_size = _load(recipe, overrides or [], config, num_processes)
-    from rlhf_kit.recipe_checks import warnings
     from rlhf_kit.recipe_plan import plan
+    from rlhf_kit.recipe_warnings import warnings
 
     if _is_main_process():
         header = f"{loaded.name}: seed {loaded.seed}, run folder {loaded.run_folder}"
@@ -172,8 +172,9 @@ def _load(
     """The recipe and the world size; on an error, its lines and the end of the process."""
     from rlhf_kit.problems import RecipeError
     from rlhf_kit.recipe import load_recipe
+    from rlhf_kit.recipe_checks import check_deepspeed
     from rlhf_kit.recipe_data import check_data
-    from rlhf_kit.world_size import world_size_of
+    from rlhf_kit.world_size import uses_deepspeed, world_size_of
 
     try:
         world_size = world_size_of(config, num_processes)
@@ -184,6 +185,8 @@ def _load(
                 BAD_INPUT,
             )
         recipe = load_recipe(path, overrides, world_size)
+        if uses_deepspeed(config):
+            check_deepspeed(recipe, path)
         check_data(recipe, path)
         return recipe, world_size
     except RecipeError as error:

@@ -1,6 +1,6 @@
 """What a stage's fields must say together: sources that an estimator needs, group sizes, files that exist.
 
-Each check yields problems with paths relative to the stage; `warnings` are doubts that do not stop a run.
+Each check yields problems with paths relative to the stage.
 """
 
 from __future__ import annotations
@@ -8,29 +8,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 
-from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, RunningSums, Sampled
+from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, ReasoningGym, RunningSums, Sampled, ToolArithmetic
 from rlhf_kit.data.files import is_address
-from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Pretrained, Scratch
-from rlhf_kit.problems import Problem
-from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig, read_prm_record
+from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Scratch
+from rlhf_kit.problems import Problem, RecipeError
+from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.rewards.turns import TurnsConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, check_batch
-from rlhf_kit.trainers.config import Credit, Ppo, Reward, Sft
+from rlhf_kit.trainers.config import Ppo, Reward, Sft
 
 Stage = Sft | Reward | Ppo
 
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 PROCESS_ESTIMATORS = ("prime", "min_form")
-SMALLEST_RATE_OF_NARROW_WEIGHTS = 1e-4
-BITSANDBYTES_OPTIMIZERS = (
-    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
-    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
-    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
-    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
-)
+FIRST_TRANSFORMERS_WITH_TOOLS = (5, 13)
 RESERVED_NAMES = ("kl", "truncation", "critic", "default", "ema")  # the kit's penalties and adapters
 
 
@@ -43,8 +38,34 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
     if isinstance(stage, Ppo):
         problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
         problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage), *_patterns(stage)]
-        problems += [*_sources(stage), *_accuracy_band(stage, world_size)]
+        problems += [*_sources(stage), *_accuracy_band(stage, world_size), *_tools(stage)]
     return problems
+
+
+def check_deepspeed(recipe: Recipe, source: object) -> None:
+    """Refuse what cannot run under DeepSpeed, which applies a gradient as soon as it is whole: no part can rest.
+
+    Raises:
+        RecipeError: with every such field; `source` is what the recipe is called.
+    """
+    problems = []
+    for name, stage in recipe.stages.items():
+        found = list(_resting(stage)) if isinstance(stage, Ppo) else []
+        problems += [problem.under("" if recipe.single else f"stages.{name}") for problem in found]
+    if problems:
+        raise RecipeError(source, problems)
+
+
+def _resting(stage: Ppo) -> Iterator[Problem]:
+    if stage.critic is not None and stage.critic.warmup_steps > 0:
+        what = "lets the policy rest, which DeepSpeed cannot"
+        yield Problem("critic.warmup_steps", what, stage.critic.warmup_steps, "write 0, or launch without DeepSpeed")
+    for index, source in enumerate(stage.rewards):
+        joint = isinstance(source, ImplicitPrmConfig) and source.online and source.online.order == "with_policy"
+        if joint and argument(stage, "num_iterations") > 1:
+            what = "lets the PRM rest in later iterations, which DeepSpeed cannot"
+            remedy = "write before_scoring, or trainer.args.num_iterations: 1, or launch without DeepSpeed"
+            yield Problem(f"rewards.{index}.online.order", what, "with_policy", remedy)
 
 
 def _arguments(stage: Stage) -> Iterator[Problem]:
@@ -177,6 +198,38 @@ def _accuracy_band(stage: Ppo, world_size: int) -> Iterator[Problem]:
         yield Problem("accuracy_band.mode", what, "resample", remedy)
 
 
+def _tools(stage: Ppo) -> Iterator[Problem]:
+    """What cannot work with tools: TRL needs messages, and what is read of a completion's text is its last turn."""
+    if not stage.tools:
+        for index, source in enumerate(stage.rewards):
+            if isinstance(source, TurnsConfig):
+                remedy = "add tools: [calculator] to the stage, or remove it"
+                yield Problem(f"rewards.{index}", "turns rewards tool calls, and the stage has no tools", remedy=remedy)
+        return
+    installed = version("transformers")
+    if tuple(int(part) for part in installed.split(".")[:2]) < FIRST_TRANSFORMERS_WITH_TOOLS:
+        what = f"need a transformers that reads tool calls, 5.13 or later, and {installed} is installed"
+        yield Problem("tools", what, list(stage.tools), "pip install -U transformers")
+    for index in range(1, len(stage.tools)):
+        if stage.tools[index] in stage.tools[:index]:
+            yield Problem(f"tools.{index}", "is named twice", stage.tools[index], "remove one")
+    if isinstance(stage.data, RunningSums | ReasoningGym | Gsm8kSolutions) and not stage.data.chat:
+        yield Problem("data.chat", "tools are called in conversations, and the prompts are text", False, "write true")
+    if isinstance(stage.model, Scratch) and stage.model.vocabulary != "tool_arithmetic":
+        remedy = "write tool_arithmetic, or give a pretrained model"
+        yield Problem("model.vocabulary", "has no template for tool calls", stage.model.vocabulary, remedy)
+    if stage.evaluation is not None:
+        remedy = "remove it (the accuracy in training is logged)"
+        yield Problem("evaluation", "decodes without tools, so that it would judge the first turn alone", remedy=remedy)
+    if stage.step_truth is not None:
+        yield Problem("step_truth", "looks for steps in the last turn alone", remedy="remove it, or tools")
+    if stage.credit.estimator == "min_form":
+        remedy = "use another estimator, e.g. gae"
+        yield Problem("credit.estimator", "looks for steps in the last turn alone", "min_form", remedy)
+    if stage.accuracy_band is not None and stage.accuracy_band.mode == "resample":
+        yield Problem("accuracy_band.mode", "generates without tools", "resample", "write mask")
+
+
 def _reward(stage: Reward) -> Iterator[Problem]:
     paired = stage.objective in ("dpo", "nca")
     for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
@@ -214,6 +267,11 @@ def _model(stage: Stage) -> Iterator[Problem]:
             if isinstance(data, RunningSums) and data.modulus > RUNNING_SUMS_MODULUS:
                 what = f"needs larger numbers than model.vocabulary running_sums has (below {RUNNING_SUMS_MODULUS})"
                 yield Problem(path, what, remedy="make them smaller, or list the words in model.vocabulary")
+    if isinstance(model, Scratch) and model.vocabulary != "tool_arithmetic":
+        for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+            if isinstance(data, ToolArithmetic):
+                what = "has conversations, and the model's vocabulary has neither their words nor a template"
+                yield Problem(path, what, data.type, "write model.vocabulary: tool_arithmetic")
 
 
 # --- files ---
@@ -264,73 +322,3 @@ def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
 def _may_be_remote(model: str) -> bool:
     """A hub id is `name` or `owner/name`; anything else is meant as a folder."""
     return not model.startswith((".", "/")) and model.count("/") <= 1
-
-
-# --- warnings ---
-
-
-def warnings(recipe: Recipe) -> list[Problem]:
-    """What is allowed in the recipe and yet probably not meant."""
-    found = []
-    for name, stage in recipe.stages.items():
-        problems = list(_argument_warnings(stage))
-        if isinstance(stage, Ppo):
-            problems += [*_credit_warnings(stage.credit), *_source_warnings(stage)]
-        found += [problem.under("" if recipe.single else f"stages.{name}") for problem in problems]
-    return found
-
-
-def _credit_warnings(credit: Credit) -> Iterator[Problem]:
-    kl, defaults = credit.kl, Credit(estimator=credit.estimator)
-    if kl.coefficient and kl.where == "loss" and kl.estimator == "k1":
-        remedy = "use k2 in the loss, or k1 in the reward"
-        yield Problem("credit.kl.estimator", "k1 in the loss has a gradient of 0 in expectation", "k1", remedy)
-    if kl.coefficient and kl.where == "reward" and kl.estimator != "k1":
-        what = "in the reward it does not give the gradient of the reverse KL"
-        yield Problem("credit.kl.estimator", what, kl.estimator, "use k1 in the reward")
-    if credit.horizon != defaults.horizon and credit.estimator not in ("prime", "reinforce"):
-        yield Problem("credit.horizon", "is used by prime and reinforce alone", credit.horizon, "remove it")
-    if credit.gamma != defaults.gamma and credit.estimator not in ("gae", "reinforce"):
-        yield Problem("credit.gamma", "is used by gae and reinforce alone", credit.gamma, "remove it")
-    if credit.lam != defaults.lam and credit.estimator != "gae":
-        yield Problem("credit.lam", "is used by gae alone", credit.lam, "remove it")
-    if credit.step_pattern != defaults.step_pattern and credit.estimator != "min_form":
-        yield Problem("credit.step_pattern", "is used by min_form alone", credit.step_pattern, "remove it")
-
-
-def _source_warnings(stage: Ppo) -> Iterator[Problem]:
-    for index, source in enumerate(stage.rewards):
-        if isinstance(source, ImplicitPrmConfig):
-            yield from (problem.under(f"rewards.{index}") for problem in _prm_warnings(source, stage.model))
-            if stage.model.peft is not None and stage.model.peft.dropout > 0:
-                what = "dropout makes the first rewards of an implicit PRM noise instead of 0"
-                yield Problem("model.peft.dropout", what, stage.model.peft.dropout, "write 0")
-
-
-def _prm_warnings(source: ImplicitPrmConfig, policy: Pretrained | Scratch) -> Iterator[Problem]:
-    record = read_prm_record(source.path) if source.path else None
-    if record is not None and record["beta"] != source.beta:
-        what = f"is not the {record['beta']} that {source.path} was trained with"
-        yield Problem("beta", what, source.beta, "its rewards are scaled by the ratio of the two")
-    if source.path is None and not source.online:
-        remedy = "set path to a trained PRM, or set online"
-        yield Problem("", "a frozen copy of the policy says nothing about outcomes", remedy=remedy)
-    narrow = policy.dtype in ("bfloat16", "float16") and policy.peft is None
-    if source.online and narrow and source.online.learning_rate < SMALLEST_RATE_OF_NARROW_WEIGHTS:
-        what = f"steps this small are lost in {policy.dtype} weights"
-        remedy = "write model.dtype: float32 (and bf16: true for the arithmetic), or use LoRA"
-        yield Problem("online.learning_rate", what, source.online.learning_rate, remedy)
-
-
-def _argument_warnings(stage: Stage) -> Iterator[Problem]:
-    args = stage.trainer.args
-    trackers = args.get("report_to")
-    for tracker in trackers if isinstance(trackers, list) else [trackers]:
-        if tracker in ("wandb", "tensorboard", "trackio", "mlflow", "swanlab") and not find_spec(tracker):
-            yield Problem("trainer.args.report_to", "is not installed here", tracker, f"pip install {tracker}")
-    if args.get("use_vllm") and not find_spec("vllm"):
-        yield Problem("trainer.args.use_vllm", "vLLM is not installed here", True, "pip install vllm")
-    optimizer = args.get("optim")
-    if optimizer in BITSANDBYTES_OPTIMIZERS and not find_spec("bitsandbytes"):
-        what = "needs bitsandbytes, which is not installed here"
-        yield Problem("trainer.args.optim", what, optimizer, "pip install bitsandbytes, or write adamw_torch")

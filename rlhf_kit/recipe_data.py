@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from rlhf_kit.data.config import DataConfig, Gsm8kSolutions, Jsonl, Parquet, ReasoningGym, RunningSums, Sampled
+from rlhf_kit.data.config import (
+    DataConfig,
+    Gsm8kSolutions,
+    Jsonl,
+    Parquet,
+    ReasoningGym,
+    RunningSums,
+    Sampled,
+    ToolArithmetic,
+)
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
@@ -63,7 +72,7 @@ def _columns(config: DataConfig) -> tuple[str, ...] | Problem:
             return ()
     elif isinstance(config, ReasoningGym):
         config = config.model_copy(update={"size": 1, "skip": 0, "limit": None})
-    else:
+    elif not isinstance(config, ToolArithmetic):
         return ()
     from rlhf_kit.data.load import load_data
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,6 +32,24 @@ def world_size_of(
     """
     if config is None:
         return num_processes or int(environment.get("WORLD_SIZE", "1"))
+    content = _read(config)
+    said = content.get("num_processes")
+    if said is not None and (type(said) is not int or said < 1):
+        raise RecipeError(config, [Problem("num_processes", "must be a positive integer", said)])
+    if content.get("distributed_type") in ("NO", False):
+        return num_processes or said or 1
+    gpus = 0 if content.get("use_cpu") else _gpus(environment)
+    return num_processes or said or gpus or 2
+
+
+def uses_deepspeed(config: str | None, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a run with an accelerate configuration, or one that accelerate has started already, uses DeepSpeed."""
+    if config is None:
+        return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return _read(config).get("distributed_type") == "DEEPSPEED"
+
+
+def _read(config: str) -> dict[str, Any]:
     path = _config_path(config)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -38,13 +57,7 @@ def world_size_of(
         raise RecipeError(path, [Problem("", f"cannot be read: {error}", remedy="see `accelerate config`")]) from None
     if not isinstance(content, dict):
         raise RecipeError(path, [Problem("", "is no accelerate configuration", remedy="see `accelerate config`")])
-    said = content.get("num_processes")
-    if said is not None and (type(said) is not int or said < 1):
-        raise RecipeError(path, [Problem("num_processes", "must be a positive integer", said)])
-    if content.get("distributed_type") in ("NO", False):
-        return num_processes or said or 1
-    gpus = 0 if content.get("use_cpu") else _gpus(environment)
-    return num_processes or said or gpus or 2
+    return content
 
 
 def _config_path(config: str) -> Path:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from rlhf_kit import __version__
+from rlhf_kit.cli import app
 
 RECIPE = """
 stages:
@@ -180,3 +182,22 @@ def test_nothing_heavy_is_imported_before_training(folder: Path, arguments: tupl
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_what_cannot_run_under_deepspeed_is_said_before_anything_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(
+        "{type: ppo, model: {path: owner/name}, data: {type: hub, path: owner/data}, credit: {estimator: gae},"
+        " critic: {warmup_steps: 3}, rewards: [{type: verifier, verifier: math},"
+        " {type: implicit_prm, online: {order: with_policy}}],"
+        " trainer: {args: {per_device_train_batch_size: 4, num_generations: 4, num_iterations: 2}}}"
+    )
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"} if command == "train" else {}
+    arguments = [command, "recipe.yaml", *(["--config", "zero2"] if command == "check" else [])]
+    result = CliRunner().invoke(app, arguments, env=environment)
+    assert result.exit_code == 2
+    fields = [line.split(": ")[1] for line in result.output.splitlines()]
+    assert fields == ["critic.warmup_steps", "rewards.1.online.order"]

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from rlhf_kit import recipe_checks, yaml12
+from rlhf_kit import recipe_warnings, yaml12
 from rlhf_kit.recipe import Recipe, RecipeError, load_recipe
-from rlhf_kit.recipe_checks import warnings
 from rlhf_kit.recipe_plan import plan
+from rlhf_kit.recipe_warnings import warnings
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.trainers.config import Ppo, Reward, Sft
 from rlhf_kit.world_size import world_size_of
@@ -832,11 +832,11 @@ def test_an_optimizer_of_a_package_that_is_not_installed_is_a_warning(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load(SINGLE, f"trainer.args.optim={optimizer}")
-    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe_warnings, "find_spec", lambda name: None)
     (warning,) = warnings(recipe)
     assert str(warning).startswith("trainer.args.optim: needs bitsandbytes, which is not installed here")
     assert f"(value '{optimizer}'); pip install bitsandbytes" in str(warning)
-    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: name)
+    monkeypatch.setattr(recipe_warnings, "find_spec", lambda name: name)
     assert warnings(recipe) == []
 
 
@@ -845,7 +845,7 @@ def test_the_optimizers_of_bitsandbytes_are_those_of_transformers() -> None:
     from transformers import trainer_optimizer
 
     theirs = {optimizer.value for optimizer in trainer_optimizer._BITSANDBYTES_OPTIMIZERS}
-    assert set(recipe_checks.BITSANDBYTES_OPTIMIZERS) == theirs
+    assert set(recipe_warnings.BITSANDBYTES_OPTIMIZERS) == theirs
 
 
 def test_warnings_name_the_stage_of_a_pipeline() -> None:

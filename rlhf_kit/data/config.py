@@ -89,6 +89,19 @@ class RunningSums(DataBase):
     seed: int = 0
 
 
+class ToolArithmetic(DataBase):
+    """Generated conversations with a calculator: a chain of `terms` additions and subtractions, one a turn.
+
+    The numbers are from 1 to `largest`, and no intermediate result is below 0 or above 99.
+    """
+
+    type: Literal["tool_arithmetic"]
+    size: PositiveInt
+    terms: PositiveInt = 2
+    largest: Annotated[int, Field(ge=1, le=49)] = 20
+    seed: int = 0
+
+
 class ReasoningGym(DataBase):
     """A generated task of the `reasoning-gym` package.
 
@@ -121,9 +134,10 @@ class Sampled(DataBase):
 
 
 PromptConfig = Annotated[
-    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ReasoningGym, Field(discriminator="type")
+    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ToolArithmetic | ReasoningGym, Field(discriminator="type")
 ]
 Sampled.model_rebuild()
 DataConfig = Annotated[
-    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ReasoningGym | Sampled, Field(discriminator="type")
+    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ToolArithmetic | ReasoningGym | Sampled,
+    Field(discriminator="type"),
 ]

@@ -24,11 +24,13 @@ from rlhf_kit.data.config import (
     ReasoningGym,
     RunningSums,
     Sampled,
+    ToolArithmetic,
 )
 from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
 from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
+from rlhf_kit.data.tool_tasks import tool_arithmetic
 from rlhf_kit.data.verifiers import verify
 
 Row = dict[str, Any]
@@ -70,8 +72,8 @@ def _source(config: DataConfig) -> str:
     """What errors call the data set: its file where it has one."""
     if isinstance(config, Sampled):
         return f"sampled data, from {_source(config.prompts)}"
-    if isinstance(config, RunningSums):
-        return "running_sums"
+    if isinstance(config, RunningSums | ToolArithmetic):
+        return config.type
     return config.task if isinstance(config, ReasoningGym) else config.path
 
 
@@ -118,6 +120,10 @@ def _read_running_sums(config: RunningSums) -> Dataset:
     return _dataset(rows, "running_sums")
 
 
+def _read_tool_arithmetic(config: ToolArithmetic) -> Dataset:
+    return _dataset(tool_arithmetic(config.size, config.terms, config.largest, config.seed), "tool_arithmetic")
+
+
 def _read_reasoning_gym(config: ReasoningGym) -> Dataset:
     rows = reasoning_gym(config.task, config.size, config.seed, config.params, config.completion_template)
     return _dataset(rows, config.task)
@@ -129,6 +135,7 @@ READERS: Mapping[type[DataBase], Callable[[Any], Dataset]] = {
     Hub: _read_hub,
     Gsm8kSolutions: _read_json,
     RunningSums: _read_running_sums,
+    ToolArithmetic: _read_tool_arithmetic,
     ReasoningGym: _read_reasoning_gym,
 }
 

@@ -40,11 +40,12 @@ RUNNING_SUMS_MODULUS = 23
 class Scratch(Config):
     """A small Llama with random weights and a word-level tokenizer.
 
-    The vocabulary `running_sums` is the numbers below 23 and `=`.
+    The vocabulary `running_sums` is the numbers below 23 and `=`. That of `tool_arithmetic` is the words of its
+    conversations; its tokenizer also has a chat template that writes tool calls, and the template that reads them.
     """
 
     type: Literal["scratch"]
-    vocabulary: tuple[str, ...] | Literal["running_sums"]
+    vocabulary: tuple[str, ...] | Literal["running_sums", "tool_arithmetic"]
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 256
     num_hidden_layers: PositiveInt = 2

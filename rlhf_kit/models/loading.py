@@ -24,7 +24,7 @@ from rlhf_kit.models.zero3 import load_undivided
 def load_tokenizer(config: Pretrained | Scratch) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, left-padding and with a pad token (its end-of-sequence token if it has none)."""
     if isinstance(config, Scratch):
-        return word_level_tokenizer(scratch_vocabulary(config))
+        return _scratch_tokenizer(config)
     tokenizer = AutoTokenizer.from_pretrained(
         config.tokenizer or config.path,
         padding_side="left",
@@ -77,7 +77,21 @@ def scratch_vocabulary(config: Scratch) -> tuple[str, ...]:
         from rlhf_kit.data.tasks import running_sums_vocabulary
 
         return tuple(running_sums_vocabulary(RUNNING_SUMS_MODULUS))
+    if config.vocabulary == "tool_arithmetic":
+        from rlhf_kit.data.tool_tasks import tool_arithmetic_vocabulary
+
+        return tuple(tool_arithmetic_vocabulary())
     return config.vocabulary
+
+
+def _scratch_tokenizer(config: Scratch) -> PreTrainedTokenizerBase:
+    tokenizer: Any = word_level_tokenizer(scratch_vocabulary(config))
+    if config.vocabulary == "tool_arithmetic":
+        from rlhf_kit.data.tool_tasks import CHAT_TEMPLATE, RESPONSE_TEMPLATE
+
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.response_template = RESPONSE_TEMPLATE
+    return tokenizer
 
 
 def _pretrained(config: Pretrained) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from rlhf_kit.rewards.function import FunctionConfig
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.rewards.turns import TurnsConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
 
-RewardConfig = Annotated[FunctionConfig | VerifierConfig | ImplicitPrmConfig, Field(discriminator="type")]
+RewardConfig = Annotated[FunctionConfig | VerifierConfig | ImplicitPrmConfig | TurnsConfig, Field(discriminator="type")]

@@ -129,7 +129,10 @@ class Samples(Config):
 
 
 class Ppo(Config):
-    """Proximal policy optimisation on TRL's GRPOTrainer with (B, T) advantages."""
+    """Proximal policy optimisation on TRL's GRPOTrainer with (B, T) advantages.
+
+    The policy may call `tools` while it generates; what they answer is no action of its own and is never credited.
+    """
 
     type: Literal["ppo"]
     model: ModelConfig
@@ -142,6 +145,7 @@ class Ppo(Config):
     accuracy_band: AccuracyBand | None = None
     truncation: Truncation = Truncation()
     stop_strings: tuple[str, ...] = ()
+    tools: tuple[Literal["calculator"], ...] = ()
     step_truth: StepTruth | None = None
     samples: Samples = Samples()
     ema_decay: Probability = 0.99

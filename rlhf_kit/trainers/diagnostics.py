@@ -173,8 +173,9 @@ class RolloutLog:
         samples = []
         for row in range(min(self._config.samples.count, len(rollout))):
             length = int(rollout.completion_mask[row].sum())
-            text = completion_text(rollout.completions[row])
             ids = rollout.completion_ids[row, :length].tolist()
+            # The text of the offsets: every turn of the completion, and what tools answered between them.
+            text = self._tokenizer.decode(ids, skip_special_tokens=True)
             pieces = [
                 text[start:end] or self._tokenizer.convert_ids_to_tokens(token)
                 for token, (start, end) in zip(ids, rollout.offsets[row][:length], strict=True)

@@ -20,14 +20,11 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
 from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
+from rlhf_kit.data.tools import TOOLS
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
-from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
-from rlhf_kit.models.config import Scratch
 from rlhf_kit.models.critic import add_critic, values_of_completion
-from rlhf_kit.models.ema import MovingAverage
-from rlhf_kit.models.loading import load_copy
-from rlhf_kit.models.scorer import Scorer, adapter_scorer, add_log_prob_head, rollout_outputs
+from rlhf_kit.models.scorer import rollout_outputs
 from rlhf_kit.models.stopping import ends_with_stop_string, generate_until
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rollout import Rollout, Text
@@ -35,7 +32,15 @@ from rlhf_kit.trainers.assign import Episode, WeightedRewards, assign_credit
 from rlhf_kit.trainers.config import Critic, Ppo
 from rlhf_kit.trainers.diagnostics import RolloutLog
 from rlhf_kit.trainers.losses import joint_prm_loss_of, kl_of, value_loss_of
-from rlhf_kit.trainers.ppo_parts import FollowPolicy, build_critic, critic_parameters, join_prm, regroup
+from rlhf_kit.trainers.ppo_parts import (
+    FollowPolicy,
+    average_of,
+    build_critic,
+    critic_parameters,
+    join_prm,
+    reference_of,
+    regroup,
+)
 from rlhf_kit.trainers.ppo_state import load_state, save_state
 from rlhf_kit.trainers.resampling import Resampler
 from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets, truncated_rows
@@ -81,6 +86,7 @@ class PpoTrainer(CreditTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
             reward_names=names,
+            tools=[TOOLS[name] for name in config.tools] or None,
         )
         self.ranks = Ranks(self.accelerator)
         policy: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -93,8 +99,8 @@ class PpoTrainer(CreditTrainer):
         kl = config.credit.kl
         self.uses_kl = kl.coefficient > 0
         self.kl_coefficient = kl.coefficient
-        self.reference = self._reference() if self.uses_kl or "reference" in self.needs else None
-        self.average = self._average() if "ema" in self.needs else None
+        self.reference = reference_of(self.model, context) if self.uses_kl or "reference" in self.needs else None
+        self.average = average_of(self.model, context, config.ema_decay) if "ema" in self.needs else None
         if self.average is not None:
             self.add_callback(FollowPolicy(self.average))
         self.critic_config = (config.critic or Critic()) if config.credit.estimator == "gae" else None
@@ -346,29 +352,6 @@ class PpoTrainer(CreditTrainer):
                 "DeepSpeed applies a gradient as soon as it is whole, so no part of the policy can rest: write "
                 "critic.warmup_steps: 0, and online.order: before_scoring or num_iterations: 1, or launch without it"
             )
-
-    def _reference(self) -> Scorer:
-        """The policy's initial weights: its base model with LoRA, else a frozen second copy."""
-        if isinstance(self.model, PeftModel):
-            return Scorer(self.model, [], partial(active_adapter, self.model, None))
-        return Scorer(self._copy_of_policy(), [])
-
-    def _copy_of_policy(self) -> PreTrainedModel:
-        """The policy's initial weights as a model of its own, with the log-prob head."""
-        model = load_copy(self.config.model)
-        if isinstance(self.config.model, Scratch):  # whose weights were drawn
-            model.load_state_dict(self.model.state_dict())
-        add_log_prob_head(model, self.temperature)
-        return model.to(self.accelerator.device)
-
-    def _average(self) -> MovingAverage:
-        if isinstance(self.model, PeftModel):
-            add_adapter_copy(self.model, "ema")
-            scorer, followed = adapter_scorer(self.model, "ema"), adapter_parameters(self.model, "default")
-        else:
-            copy = self._copy_of_policy()
-            scorer, followed = Scorer(copy, list(copy.parameters())), list(self.model.parameters())
-        return MovingAverage(scorer, followed, self.config.ema_decay)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimiser, with the critic and a joint PRM in groups of their own learning rates."""

@@ -1,18 +1,24 @@
-"""What PPO puts beside a policy: a critic, a PRM in the same forward, parameter groups, a moving average."""
+"""What PPO puts beside a policy: a reference, a moving average, a critic, a PRM in the same forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
 from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.models.critic import CriticModel, ValueHead
 from rlhf_kit.models.ema import MovingAverage
 from rlhf_kit.models.joint import add_joint_prm
+from rlhf_kit.models.loading import load_copy
+from rlhf_kit.models.scorer import Scorer, adapter_scorer, add_log_prob_head
+from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.implicit_prm import ImplicitPrm
 from rlhf_kit.rollout import RewardSource
 from rlhf_kit.trainers.config import Critic
@@ -33,6 +39,31 @@ def build_critic(
             changes |= {"path": config.path, "revision": None, "gguf_file": None}  # those are of the policy's weights
         return CriticModel(settings.model_copy(update=changes))
     return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
+
+
+def reference_of(policy: PreTrainedModel | PeftModel, context: BuildContext) -> Scorer:
+    """The policy's initial weights: its base model with LoRA, else a frozen second copy."""
+    if isinstance(policy, PeftModel):
+        return Scorer(policy, [], partial(active_adapter, policy, None))
+    return Scorer(_copy_of(policy, context), [])
+
+
+def average_of(policy: PreTrainedModel | PeftModel, context: BuildContext, decay: float) -> MovingAverage:
+    """The moving average of the policy: one more adapter with LoRA, else a second copy."""
+    if isinstance(policy, PeftModel):
+        add_adapter_copy(policy, "ema")
+        return MovingAverage(adapter_scorer(policy, "ema"), adapter_parameters(policy, "default"), decay)
+    copy = _copy_of(policy, context)
+    return MovingAverage(Scorer(copy, list(copy.parameters())), list(policy.parameters()), decay)
+
+
+def _copy_of(policy: PreTrainedModel, context: BuildContext) -> PreTrainedModel:
+    """The policy's initial weights as a model of its own, with the log-prob head."""
+    model = load_copy(context.policy_config)
+    if isinstance(context.policy_config, Scratch):  # whose weights were drawn
+        model.load_state_dict(policy.state_dict())
+    add_log_prob_head(model, context.temperature)
+    return cast(Any, model).to(context.device)
 
 
 def critic_parameters(model: nn.Module) -> list[nn.Parameter]:

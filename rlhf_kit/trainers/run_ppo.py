@@ -5,10 +5,13 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from transformers import set_seed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl.chat_template_utils import add_response_schema, supports_tool_calling
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlhf_kit.data.load import load_data
+from rlhf_kit.data.messages import is_messages
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.trainers.args import batch_of, check_batch
@@ -74,10 +77,13 @@ def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:
     set_seed(args.seed)
     train_dataset = load_data(stage.data)  # what may be wrong with it is said before a model is loaded
     eval_dataset = load_data(stage.eval_data) if stage.eval_data is not None else None
+    tokenizer = load_tokenizer(stage.model)
+    if stage.tools:
+        _check_tools(train_dataset, tokenizer)
     return PpoTrainer(
         config=stage,
         model=load_model(stage.model),
-        processing_class=load_tokenizer(stage.model),
+        processing_class=tokenizer,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -85,6 +91,31 @@ def build_ppo_trainer(stage: Ppo, run: StageRun) -> PpoTrainer:
         callbacks=run.callbacks,
         log_samples=run.log_samples,
     )
+
+
+def _check_tools(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say what TRL would only find out in the first rollout, or say of its own classes.
+
+    Raises:
+        RunError: prompts are text, or the tokenizer cannot write tool calls and read them back.
+    """
+    for number, prompt in enumerate(data["prompt"], start=1):
+        if not is_messages(prompt):
+            raise RunError(f"data: row {number} has a prompt of text, and tools need messages: write data.chat: true")
+    if not supports_tool_calling(tokenizer):
+        raise RunError(
+            "tools: the chat template of the model cannot write tool calls and their answers: give model.chat_template "
+            "one that does, or take a model that was trained to call tools"
+        )
+    if getattr(tokenizer, "response_template", None) is None:
+        try:
+            add_response_schema(tokenizer)
+        except ValueError as error:
+            raise RunError(
+                "tools: TRL does not know how tool calls look in the model's chat template: take a model whose "
+                "template it knows (Qwen 2.5 and 3, Llama 3.1 and 3.2, ...), or save its tokenizer with a "
+                "response_template"
+            ) from error
 
 
 def ppo_args(stage: Ppo, run: StageRun) -> GRPOConfig:
