@@ -12,10 +12,13 @@ from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_kit.models.adapters import active_adapter, adapter_parameters
 from rlhf_kit.rollout import Rollout
+
+CPU_TILE = 2**21  # logits: 8 MiB in float32
 
 
 def add_log_prob_head(model: PreTrainedModel | PeftModel, temperature: float = 1.0) -> None:
@@ -25,7 +28,18 @@ def add_log_prob_head(model: PreTrainedModel | PeftModel, temperature: float = 1
     log-probabilities.
     """
     base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    if not torch.cuda.is_available():
+        _fit_tiles_to_cpu(base.config.get_text_config().vocab_size)
     add_fused_lm_head(base, temperature=temperature)
+
+
+def _fit_tiles_to_cpu(vocabulary: int) -> None:
+    """Let TRL's head work on small tiles of logits, in the whole process.
+
+    Its own, of up to 512 MiB, are meant for GPUs: on a CPU such blocks are fetched from the system page by page with
+    every operation, which takes longer than the operation. For a small vocabulary they are small anyway.
+    """
+    chunked_logprob.TOKEN_CHUNK_SIZE = max(64, min(4096, CPU_TILE // vocabulary))
 
 
 def token_outputs(
