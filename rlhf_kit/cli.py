@@ -130,6 +130,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = 
         from rlhf_kit.runs.pipeline import run_pipeline
 
         run_pipeline(loaded)
+        _leave_process_group()
     except Exception as error:
         # What the data, a hub or a disk say is for the user; where it happened is for whoever asks for it.
         if os.environ.get("RLHF_KIT_TRACEBACK"):
@@ -164,6 +165,15 @@ def report(
 def main() -> None:
     """Run the command line."""
     app(prog_name="rlhf-kit")
+
+
+def _leave_process_group() -> None:
+    """Part from the other processes in order: one that just ends can take the others with it."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _load(

@@ -29,7 +29,7 @@ def distributed():
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [])
     plugin = accelerator.state.deepspeed_plugin if os.environ.get("ACCELERATE_USE_DEEPSPEED") else None
-    return {
+    seen = {
         "world_size": accelerator.num_processes,
         "rank": accelerator.process_index,
         "sum_of_ranks": int(accelerator.reduce(torch.tensor([accelerator.process_index]), "sum").item()),
@@ -37,6 +37,10 @@ def distributed():
         "device": accelerator.device.type,
         "zero_stage": plugin.zero_stage if plugin else None,
     }
+    if torch.distributed.is_initialized():  # or a process that ends first takes the other with it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return seen
 
 names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 seen = {"argv": sys.argv[1:], "cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}

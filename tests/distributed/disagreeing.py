@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 
 from rlhf_kit.errors import RunError
@@ -34,3 +35,4 @@ metrics = {"everywhere": float(rank)} | ({"here": 5.0} if rank == 1 else {})
 seen = {"said": said, "metrics": log._common(cast(Any, SimpleNamespace(metrics=metrics)))}
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(seen))
 accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()

@@ -19,3 +19,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         die_at(sys.argv[2], int(sys.argv[3]))
     run_pipeline(load_recipe(sys.argv[1], world_size=2))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

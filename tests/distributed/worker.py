@@ -140,4 +140,5 @@ if __name__ == "__main__":
     for one in plan:
         run(one, folder)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
