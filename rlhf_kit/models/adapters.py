@@ -40,6 +40,16 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
         _set_requires_grad(flags)
 
 
+@contextmanager
+def _same_requires_grad(model: nn.Module) -> Iterator[None]:
+    """What PEFT freezes or unfreezes inside is as it was before, for the parameters that were there."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        _set_requires_grad(flags)
+
+
 def _set_requires_grad(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
@@ -60,10 +70,9 @@ def add_adapter_copy(model: PeftModel, name: str, of: str = "default") -> None:
         have = ", ".join(model.peft_config)
         raise ValueError(f"cannot copy LoRA adapter '{of}' to '{name}': the model has {have}; choose another name")
     _recompute_with_own_adapter(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     config = cast(LoraConfig, model.peft_config[of])
-    model.add_adapter(name, replace(config, lora_dropout=0.0))  # the copy must score as the original does
-    _set_requires_grad(flags)
+    with _same_requires_grad(model):
+        model.add_adapter(name, replace(config, lora_dropout=0.0))  # the copy must score as the original does
     originals, copies = _adapter_parameters(model, of), _adapter_parameters(model, name)
     with torch.no_grad():
         for place, copy in copies.items():
@@ -73,11 +82,10 @@ def add_adapter_copy(model: PeftModel, name: str, of: str = "default") -> None:
 def load_second_adapter(model: PeftModel, name: str, folder: str) -> None:
     """Add the frozen adapter in `folder` as `name`, on the base model that is there."""
     _recompute_with_own_adapter(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     config = PeftConfig.from_pretrained(folder)
     cast(LoraConfig, config).lora_dropout = 0.0
-    model.load_adapter(folder, name, peft_config=config, is_trainable=False)
-    _set_requires_grad(flags)
+    with _same_requires_grad(model):
+        model.load_adapter(folder, name, peft_config=config, is_trainable=False)
 
 
 def adapter_on(model: PeftModel, path: str) -> str | None:

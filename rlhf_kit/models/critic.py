@@ -47,7 +47,6 @@ class CriticModel(nn.Module):
         super().__init__()
         model = load_model(config.model_copy(update={"peft": None}))
         self.backbone = cast(PreTrainedModel, model.base_model)
-        self.backbone.requires_grad_(True)  # merging an adapter leaves its base frozen
         disable_dropout_in_model(self.backbone)
         self.head = ValueHead(self.backbone.config.get_text_config().hidden_size)
 

@@ -24,6 +24,7 @@ from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.zero3 import whole
 from rlhf_kit.trainers.config import Ppo
 from rlhf_kit.trainers.ppo import PpoTrainer
+from rlhf_kit.trainers.ppo_parts import critic_parameters
 from rlhf_kit.trainers.run_ppo import ppo_args
 from rlhf_kit.trainers.setup import StageRun
 
@@ -70,7 +71,7 @@ def keep_what_is_assigned(trainer: Recorded) -> None:
 def parts(trainer: Recorded) -> dict[str, list[torch.nn.Parameter]]:
     """What learns, apart: policy, critic and PRM."""
     prm = [parameter for source in trainer.scoring.sources for parameter in source.trainable_parameters()]
-    critic = [parameter for name, parameter in trainer.model.named_parameters() if ".critic." in f".{name}"]
+    critic = critic_parameters(trainer.model)
     apart = {id(parameter) for parameter in (*prm, *critic)}
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     return {"policy": [p for p in trained if id(p) not in apart], "critic": critic, "prm": prm}
