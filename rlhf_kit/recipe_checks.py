@@ -142,30 +142,15 @@ def _critic(stage: Ppo) -> Iterator[Problem]:
 def _sources(stage: Ppo) -> Iterator[Problem]:
     names: dict[str, int] = {}
     joint: list[str] = []
-    outcome = any(source.labels_outcomes for source in stage.rewards)
     for index, source in enumerate(stage.rewards):
         path = f"rewards.{index}"
         if source.source_name in names:
             twice = f"has the same name as rewards.{names[source.source_name]}"
             yield Problem(f"{path}.name", twice, source.source_name, "give one of them another name")
         names.setdefault(source.source_name, index)
-        if not isinstance(source, ImplicitPrmConfig):
-            continue
-        if isinstance(stage.model, Scratch):
-            remedy = "train it by an sft stage first, and write model.path: ${stages.sft.model}"
-            yield Problem(path, "an implicit PRM needs a policy with weights to start from", remedy=remedy)
-        if source.online and source.online.order == "with_policy":
+        yield from (problem.under(path) for problem in source.problems(stage.model, stage.rewards))
+        if isinstance(source, ImplicitPrmConfig) and source.online and source.online.order == "with_policy":
             joint.append(path)
-        if source.online and not outcome:
-            remedy = "add a verifier, or a function with bounded: true, to rewards"
-            yield Problem(
-                f"{path}.online",
-                "an online PRM learns from outcomes, and no source gives them",
-                remedy=remedy,
-            )
-        if source.path is None and not source.online and source.reference == "initial":
-            remedy = "set path to a trained PRM, or set online"
-            yield Problem(path, "a frozen copy of the policy against itself rewards every token with 0", remedy=remedy)
 
     for path in joint[1:]:
         remedy = f"write before_scoring ({joint[0]} is with_policy already)"
@@ -313,8 +298,7 @@ def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
             yield "step_evaluation.path", stage.step_evaluation.path, False
     if isinstance(stage, Ppo):
         for index, source in enumerate(stage.rewards):
-            if isinstance(source, ImplicitPrmConfig) and source.path:
-                yield f"rewards.{index}.path", source.path, True
+            yield from ((f"rewards.{index}.{field}", value, is_model) for field, value, is_model in source.files())
         if stage.critic and stage.critic.path:
             yield "critic.path", stage.critic.path, True
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -56,8 +56,12 @@ class Rollout:
             `reference` (the policy's initial weights), `ema` (its moving average). Only those that a source or
             the KL asked for are there.
         temperature: what the logits were divided by before those log-probabilities were taken.
-        offsets: per completion, the character range of each token in the decoded completion.
+        texts: the decoded completions, without special tokens; with tools, their answers included. Spans count their
+            characters.
+        offsets: per completion, the character range of each token in its text.
         columns: the data set's other columns, each a list of B values.
+        outcomes: (B,), mean label in [0, 1] that the outcome sources gave, NaN in a row that none labelled; None before
+            they have scored, and where none gives labels.
         peer_outcomes: (B,), mean outcome of the other completions of the same prompt over all ranks, 1/2 where there
             is none; only there for `RewardSource.loss`.
         group_size: completions per prompt.
@@ -75,8 +79,10 @@ class Rollout:
     action_mask: Bool[Tensor, "B T"]
     logprobs: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     temperature: float = 1.0
+    texts: Sequence[str] = ()
     offsets: Sequence[Sequence[CharRange]] = ()
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    outcomes: Float[Tensor, "B"] | None = None
     peer_outcomes: Float[Tensor, "B"] | None = None
     group_size: int = 1
     micro_batch_size: int = 1
@@ -98,8 +104,10 @@ class Rollout:
             completion_mask=self.completion_mask[part],
             action_mask=self.action_mask[part],
             logprobs={name: value[part] for name, value in self.logprobs.items()},
+            texts=self.texts[part],
             offsets=self.offsets[part],
             columns={name: values[part] for name, values in self.columns.items()},
+            outcomes=None if self.outcomes is None else self.outcomes[part],
             peer_outcomes=None if self.peer_outcomes is None else self.peer_outcomes[part],
         )
 
@@ -129,11 +137,20 @@ class RewardSource(ABC):
         kind: `outcome` judges the whole completion (its reward lies on the last action token), `process` judges
             its parts. Estimators that treat the two differently (PRIME, Eq. 5) ask for this.
         needs: the log-probabilities that must be in `Rollout.logprobs`.
+        needs_outcomes: it looks at `Rollout.outcomes`, so that it cannot begin before the outcome sources have scored.
     """
 
     name: str
-    kind: ClassVar[Literal["outcome", "process"]] = "process"
+    kind: Literal["outcome", "process"] = "process"
     needs: frozenset[str] = frozenset()
+    needs_outcomes: bool = False
+
+    def begin(self, rollout: Rollout) -> None:
+        """Start what can go on while models score, such as requests to a server; `score` waits for it.
+
+        Log-probabilities are not there yet. What raises here is not agreed between ranks: keep it for `score`.
+        """
+        return
 
     @abstractmethod
     def score(self, rollout: Rollout) -> TokenRewards:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import PositiveInt, StringConstraints
+from pydantic import Field, PositiveInt, StringConstraints
 
 from rlhf_kit.config import Config
+from rlhf_kit.problems import Problem
 from rlhf_kit.rollout import RewardSource
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf_kit.models.config import Pretrained, Scratch
 
@@ -44,6 +45,7 @@ class BuildContext:
         temperature: what the policy's logits are divided by.
         device: where models of the source belong.
         functions: reward functions by name, beside those of the entry point group `rlhf_kit.rewards`.
+        tokenizer: the policy's.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -51,6 +53,7 @@ class BuildContext:
     temperature: float
     device: torch.device
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class SourceConfig(Config):
@@ -58,16 +61,34 @@ class SourceConfig(Config):
 
     `normalize` divides the source's token rewards, over all ranks, by the standard deviation of its per-completion
     sums: of this rollout (`batch`) or of a running estimate (`running`); `none` leaves them as they are. A row in
-    which a `required` source failed leaves the baseline, the whitening and every loss.
+    which a `required` source failed leaves the baseline, the whitening and every loss. The run stops when more than
+    `max_failure_rate` of the rows fail in three rollouts in a row.
     """
-
-    kind: ClassVar[Literal["outcome", "process"]]
 
     type: str
     name: SourceName | None = None
     weight: float | Schedule = 1.0
     normalize: Literal["none", "batch", "running"] = "none"
     required: bool = True
+    max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @property
+    def kind(self) -> Literal["outcome", "process"]:
+        """Whether it judges whole completions or parts of them."""
+        raise NotImplementedError
+
+    @property
+    def labels_outcomes(self) -> bool:
+        """Whether its scores are outcomes in [0, 1] that an online PRM may learn from."""
+        return False
+
+    def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
+        """What cannot work with this policy and beside these sources; paths start at the source."""
+        return iter(())
+
+    def files(self) -> Iterator[tuple[str, str, bool]]:
+        """What it reads: the field, the file or model (a folder or a hub id), and whether it is a model."""
+        return iter(())
 
     @property
     def source_name(self) -> str:

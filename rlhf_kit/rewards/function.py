@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
@@ -21,11 +21,13 @@ class FunctionConfig(SourceConfig):
     `bounded` says that it lies in [0, 1] and judges the outcome, so that an online PRM may learn from it.
     """
 
-    kind: ClassVar[Literal["outcome", "process"]] = "outcome"
-
     type: Literal["function"]
     function: str
     bounded: bool = False
+
+    @property
+    def kind(self) -> Literal["outcome", "process"]:
+        return "outcome"
 
     @property
     def source_name(self) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import PositiveFloat
 
 from rlhf_kit.config import Config, Location
-from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.config import Pretrained, Scratch
+from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
 
@@ -44,8 +46,6 @@ class ImplicitPrmConfig(SourceConfig):
     the policy that sampled (`behaviour`) or the policy's moving average (`ema`).
     """
 
-    kind: ClassVar[Literal["outcome", "process"]] = "process"
-
     type: Literal["implicit_prm"]
     path: Location | None = None
     beta: PositiveFloat = 0.05
@@ -54,8 +54,23 @@ class ImplicitPrmConfig(SourceConfig):
     online: Online | None = None
 
     @property
-    def labels_outcomes(self) -> bool:
-        return False
+    def kind(self) -> Literal["outcome", "process"]:
+        return "process"
+
+    def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
+        if isinstance(policy, Scratch):
+            remedy = "train it by an sft stage first, and write model.path: ${stages.sft.model}"
+            yield Problem("", "an implicit PRM needs a policy with weights to start from", remedy=remedy)
+        if self.online and not any(source.labels_outcomes for source in rewards):
+            remedy = "add a verifier, or a function with bounded: true, to rewards"
+            yield Problem("online", "an online PRM learns from outcomes, and no source gives them", remedy=remedy)
+        if self.path is None and not self.online and self.reference == "initial":
+            remedy = "set path to a trained PRM, or set online"
+            yield Problem("", "a frozen copy of the policy against itself rewards every token with 0", remedy=remedy)
+
+    def files(self) -> Iterator[tuple[str, str, bool]]:
+        if self.path:
+            yield "path", self.path, True
 
     def build(self, context: BuildContext) -> ImplicitPrm:
         """The source, its PRM equal to the policy where no `path` is given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import Message, RewardSource, Rollout, Status, Text, TokenRewards
@@ -16,16 +16,13 @@ class TurnsConfig(SourceConfig):
     A call that the length limit or `max_tool_calling_iterations` left without an answer is a failure.
     """
 
-    kind: ClassVar[Literal["outcome", "process"]] = "process"
-
     type: Literal["turns"]
     success: float = 0.1
     failure: float = -0.1
 
     @property
-    def labels_outcomes(self) -> bool:
-        """It judges parts of a completion, which says nothing of its end."""
-        return False
+    def kind(self) -> Literal["outcome", "process"]:
+        return "process"
 
     def build(self, context: BuildContext) -> Turns:
         return Turns(self)

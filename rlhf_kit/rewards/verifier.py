@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
@@ -11,10 +11,12 @@ from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
 class VerifierConfig(SourceConfig):
     """1 for a right answer, 0 for a wrong one (reasoning-gym's scorer may lie between)."""
 
-    kind: ClassVar[Literal["outcome", "process"]] = "outcome"
-
     type: Literal["verifier"]
     verifier: Literal["exact", "math", "reasoning_gym"]
+
+    @property
+    def kind(self) -> Literal["outcome", "process"]:
+        return "outcome"
 
     @property
     def labels_outcomes(self) -> bool:

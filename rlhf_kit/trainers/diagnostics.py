@@ -174,8 +174,7 @@ class RolloutLog:
         for row in range(min(self._config.samples.count, len(rollout))):
             length = int(rollout.completion_mask[row].sum())
             ids = rollout.completion_ids[row, :length].tolist()
-            # The text of the offsets: every turn of the completion, and what tools answered between them.
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+            text = rollout.texts[row]
             pieces = [
                 text[start:end] or self._tokenizer.convert_ids_to_tokens(token)
                 for token, (start, end) in zip(ids, rollout.offsets[row][:length], strict=True)
@@ -188,6 +187,7 @@ class RolloutLog:
                     "tokens": pieces,
                     "advantages": advantages[row, :length].tolist(),
                     "rewards": {k: v.tokens[row, :length].tolist() for k, v in scores.rewards.items()},
+                    "spans": _spans(scores, row),
                     "values": None if values is None else values[row, :length].tolist(),
                     "kl": self._kl(rollout, row, length),
                     "action_mask": rollout.action_mask[row, :length].tolist(),
@@ -202,6 +202,15 @@ class RolloutLog:
         if "reference" not in rollout.logprobs or "behaviour" not in rollout.logprobs:
             return None
         return (rollout.logprobs["behaviour"] - rollout.logprobs["reference"])[row, :length].tolist()
+
+
+def _spans(scores: Scores, row: int) -> dict[str, list[list[float]]]:
+    """`[start, end, reward]` of the spans that each source judged in a row."""
+    return {
+        name: [[span.start, span.end, span.reward] for span in rewards.spans[row]]
+        for name, rewards in scores.rewards.items()
+        if rewards.spans
+    }
 
 
 def _deviation(values: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from rlhf_kit.trainers.ppo_parts import (
 )
 from rlhf_kit.trainers.ppo_state import load_state, save_state
 from rlhf_kit.trainers.resampling import Resampler
-from rlhf_kit.trainers.rollouts import Ranks, build_rollout, masked_by, rollout_offsets, truncated_rows
+from rlhf_kit.trainers.rollouts import Ranks, build_rollout, decoded, masked_by, truncated_rows
 from rlhf_kit.trainers.scoring import Scores, Scoring
 from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, Generated, Row
 from rlhf_kit.trainers.update_guard import UpdateGuard
@@ -90,7 +90,9 @@ class PpoTrainer(CreditTrainer):
         )
         self.ranks = Ranks(self.accelerator)
         policy: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        context = BuildContext(self.model, config.model, self.temperature, self.accelerator.device, functions or {})
+        context = BuildContext(
+            self.model, config.model, self.temperature, self.accelerator.device, functions or {}, self.processing_class
+        )
         sources = [source.build(context) for source in config.rewards]
         if config.stop_strings and not self.use_vllm:
             policy.generate = partial(generate_until, policy.generate, self.processing_class, config.stop_strings)
@@ -134,7 +136,7 @@ class PpoTrainer(CreditTrainer):
         ids = pad_sequence([torch.tensor(ids) for ids in completion_ids], batch_first=True)
         batch = {"completion_ids": ids, "completion_mask": mask, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}
         rollout = self._rollout(batch, rows, [row["prompt"] for row in rows], completions)
-        return self.scoring.local_band(rollout)
+        return self.scoring.local_band(decoded(self.processing_class, rollout))
 
     def ended_by_stop_string(self, ids: list[int]) -> bool:
         return ends_with_stop_string(self.processing_class, ids, self.config.stop_strings)
@@ -144,8 +146,9 @@ class PpoTrainer(CreditTrainer):
     def assign_credit(self, batch: Batch, rows: list[Row], prompts: list[Text], completions: list[Text]) -> Batch:
         """Score the rollout by every source and put the advantages of its tokens into the batch."""
         rollout = self._rollout(batch, rows, prompts, completions)
-        decode = partial(rollout_offsets, self.processing_class, rollout)
-        rollout = replace(rollout, offsets=self.ranks.agreed("decoding of the completions", decode))
+        decode = partial(decoded, self.processing_class, rollout)
+        rollout = self.ranks.agreed("decoding of the completions", decode)
+        self.scoring.begin(rollout)
         truncated = truncated_rows(rollout, self.eos_token_ids, self.ended_by_stop_string)
         with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
             rollout, state_values = self._add_log_probs(rollout, batch.get("old_per_token_logps"))

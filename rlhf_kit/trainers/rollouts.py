@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit.spans import token_offsets
 from rlhf_kit.errors import RunError
-from rlhf_kit.rollout import CharRange, Rollout, Text
+from rlhf_kit.rollout import Rollout, Text
 
 Result = TypeVar("Result")
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -51,14 +52,16 @@ def build_rollout(
     )
 
 
-def rollout_offsets(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[list[CharRange]]:
-    """Character ranges of every sampled token, by row; empty ranges on padding."""
-    offsets = []
-    for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True):
-        ranges = token_offsets(tokenizer, ids[mask].tolist())
-        end = ranges[-1][1] if ranges else 0
-        offsets.append(ranges + [(end, end)] * (len(ids) - len(ranges)))
-    return offsets
+def decoded(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> Rollout:
+    """The rollout with its texts, and the character range of every sampled token; empty ranges on padding."""
+    texts, offsets = [], []
+    for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True):
+        ids = row[mask].tolist()
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+        ranges = token_offsets(tokenizer, ids)
+        end = len(texts[-1])
+        offsets.append(ranges + [(end, end)] * (len(row) - len(ranges)))
+    return replace(rollout, texts=texts, offsets=offsets)
 
 
 def truncated_rows(

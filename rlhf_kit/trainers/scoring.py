@@ -69,7 +69,7 @@ class RunningScale:
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
-UNJUDGED_LIMIT = 3
+FAILURE_LIMIT = 3  # rollouts in a row
 
 
 class Scoring:
@@ -96,8 +96,15 @@ class Scoring:
         }
         self._learns = any(isinstance(config, ImplicitPrmConfig) and config.online for config in self.configs)
         self._unjudged = 0
+        self._failing: dict[str, int] = {}
         self._band = band
         self._ranks = ranks
+
+    def begin(self, rollout: Rollout) -> None:
+        """Let sources start what needs neither log-probabilities nor, before they are known, outcomes."""
+        for source in self.sources:
+            if source.needs_outcomes == (rollout.outcomes is not None):
+                source.begin(rollout)
 
     def score_outcomes(self, rollout: Rollout) -> Scores:
         """Outcome sources, the labels they give, and the rows that are left."""
@@ -107,7 +114,7 @@ class Scoring:
             if source.kind != "outcome":
                 continue
             rewards = self._ask(config, source, rollout, scores)
-            if getattr(config, "labels_outcomes", False):
+            if config.labels_outcomes:
                 labels.append((rewards.tokens.sum(dim=1), rewards.status == Status.OK))
         if labels:
             scores.outcomes, scores.labelled = _mean_label(labels)
@@ -119,7 +126,7 @@ class Scoring:
     def local_band(self, rollout: Rollout) -> Bool[Tensor, "B"]:
         """Rows of this rank whose group's accuracy lies in the band, judged by the labelling sources alone."""
         assert self._band is not None
-        labelling = [s for c, s in zip(self.configs, self.sources, strict=True) if getattr(c, "labels_outcomes", False)]
+        labelling = [s for c, s in zip(self.configs, self.sources, strict=True) if c.labels_outcomes]
         scored = [self._score(source, rollout) for source in labelling]
         labels = [(rewards.tokens.sum(dim=1), rewards.status == Status.OK) for rewards in scored]
         outcomes, labelled = _mean_label(labels)
@@ -130,6 +137,9 @@ class Scoring:
 
         A row that no source has judged is left out. Gives the rollout with what the sources have computed for it.
         """
+        if scores.outcomes is not None and scores.labelled is not None:
+            rollout = replace(rollout, outcomes=torch.where(scores.labelled, scores.outcomes, torch.nan))
+            self.begin(rollout)
         own = {name: value for source in self.sources for name, value in source.log_probs(rollout).items()}
         rollout = replace(self.with_peers(rollout, scores), logprobs={**rollout.logprobs, **own})
         for config, source in zip(self.configs, self.sources, strict=True):
@@ -146,23 +156,37 @@ class Scoring:
             self._ask(config, source, rollout, scores)
         judged = torch.stack([rewards.status == Status.OK for rewards in scores.rewards.values()]).any(dim=0)
         scores.valid &= judged
-        self._count_unjudged(judged)
+        self._stop_if_judging_fails(scores, judged)
         return rollout
 
-    def _count_unjudged(self, judged: Bool[Tensor, "B"]) -> None:
+    def _stop_if_judging_fails(self, scores: Scores, judged: Bool[Tensor, "B"]) -> None:
         """Stops a run whose sources have nothing to say: it would end without an error and without a change.
 
         Raises:
-            RunError: no source judged a single completion in `UNJUDGED_LIMIT` rollouts in a row.
+            RunError: in `FAILURE_LIMIT` rollouts in a row, no source judged a single completion, or one failed in more
+                than its `max_failure_rate` of the rows.
         """
-        anything = self._ranks.sum(judged.sum().float().reshape(1)).item() > 0
+        failed = [(scores.rewards[source.name].status == Status.FAILED).sum() for source in self.sources]
+        counts = self._ranks.sum(torch.stack([judged.sum(), *failed]).float())
+        anything, *failures = counts.tolist()
+        rows = len(self._ranks.all_rows(judged))
         self._unjudged = 0 if anything else self._unjudged + 1
-        if self._unjudged >= UNJUDGED_LIMIT:
+        if self._unjudged >= FAILURE_LIMIT:
             raise RunError(
-                f"no reward source judged any completion of the last {UNJUDGED_LIMIT} rollouts ("
+                f"no reward source judged any completion of the last {FAILURE_LIMIT} rollouts ("
                 f"{', '.join(source.name for source in self.sources)}): look whether the data have the columns that "
                 "they read, such as answer, and at rewards/*/failed in metrics.jsonl"
             )
+        for config, source, count in zip(self.configs, self.sources, failures, strict=True):
+            over = count / rows > config.max_failure_rate
+            self._failing[source.name] = self._failing.get(source.name, 0) + 1 if over else 0
+            if self._failing[source.name] >= FAILURE_LIMIT:
+                raise RunError(
+                    f"reward source '{source.name}' failed in more than {config.max_failure_rate:.0%} of the "
+                    f"completions of {FAILURE_LIMIT} rollouts in a row ({int(count)} of {rows} in the last): see the "
+                    "warnings above for why; mend its server or its model and start the same command again, or raise "
+                    "max_failure_rate"
+                )
 
     def weighted(self, rollout: Rollout, scores: Scores) -> list[WeightedRewards]:
         """Rewards of all ranks after each source's normalisation and weight."""

@@ -1,0 +1,56 @@
+"""What is asked of a judge, and what it answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_kit.rollout import Message
+
+
+@dataclass(frozen=True)
+class Question:
+    """Messages to a judge.
+
+    Attributes:
+        messages: the conversation that the judge answers.
+        schema: JSON schema of the answer, for servers that can hold a model to one.
+        choices: the words that the answer may begin with; the judge gives their log-probabilities instead of text.
+    """
+
+    messages: Sequence[Message]
+    schema: Mapping[str, Any] | None = None
+    choices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A judge's answer; with an `error` it failed, and there is nothing else in it.
+
+    Attributes:
+        text: what the judge wrote; empty for a question with choices.
+        log_probs: for a question with choices, the log-probability of each: that the answer begins with it, summed over
+            its surface forms ("Yes", " yes", ...).
+        error: why there is no answer.
+    """
+
+    text: str = ""
+    log_probs: Sequence[float] = ()
+    error: str | None = None
+
+
+class Judge(ABC):
+    """Answers questions; a question that fails gets an `Answer` with an error, never an exception."""
+
+    @abstractmethod
+    def ask(self, questions: Sequence[Question]) -> Callable[[], list[Answer]]:
+        """Begin to answer; calling the result waits for the answers, in the order of the questions.
+
+        A judge on a server works meanwhile; one in this process does all its work when it is waited for.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Calls, tokens, cache hits and the like since this was asked last."""
+        return {}
