@@ -20,6 +20,14 @@ Configurations: $(configs)
 They start one process per GPU, or two processes on the CPU where there is none; --num_processes overrides
 that. Without --config there is one process, on the first GPU if there is one.
 
+multi_node_* run on several machines: start the same command on each, with
+  --num_machines N           how many there are                  (or NNODES)
+  --machine_rank K           which this one is, counted from 0   (or NODE_RANK)
+  --main_process_ip ADDRESS  where machine 0 can be reached      (or MASTER_ADDR)
+  --main_process_port PORT   a free port there                   (or MASTER_PORT; 29500)
+--num_processes is then the number on all machines together. The machines need the same recipe and a common folder
+for the run.
+
 Environment: PYTHON names the interpreter that makes .venv (3.11 or newer). pip's own variables apply, so that
 PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can offer another build of torch, such as the CPU's.
 EOF
@@ -173,22 +181,43 @@ use_cpu() {
   esac
 }
 
+# What tells the machines of a multi_node_* run about each other, from options or else from the environment.
+node_options() {
+  num_machines=${num_machines:-${NNODES:-}}
+  machine_rank=${machine_rank:-${NODE_RANK:-}}
+  main_process_ip=${main_process_ip:-${MASTER_ADDR:-}}
+  main_process_port=${main_process_port:-${MASTER_PORT:-29500}}
+  [[ $num_machines =~ ^[1-9][0-9]*$ ]] ||
+    fail "--config $1 needs --num_machines (or NNODES), a positive number, not '$num_machines'"
+  [[ $machine_rank =~ ^[0-9]+$ ]] && [ "$machine_rank" -lt "$num_machines" ] ||
+    fail "--config $1 needs --machine_rank (or NODE_RANK), from 0 to $((num_machines - 1)), not '$machine_rank'"
+  [ -n "$main_process_ip" ] || fail "--config $1 needs --main_process_ip (or MASTER_ADDR): the address of machine 0"
+}
+
 run_accelerate() {
-  local config=$1 processes=$2 gpus
+  local config=$1 processes=$2 gpus nodes=() here
   shift 2
   gpus=$(count_gpus)
   case $config in cpu_*) gpus=0 ;; esac
   case $config in
     */* | *.yaml | *.yml) ;; # the user's own file says how many processes it wants
     single_gpu) processes=1 ;;
+    multi_node_*)
+      processes=${processes:-$((num_machines * (gpus > 0 ? gpus : 2)))}
+      [ $((processes % num_machines)) -eq 0 ] ||
+        fail "--num_processes $processes is no multiple of the $num_machines machines"
+      nodes=(--num_machines "$num_machines" --machine_rank "$machine_rank"
+        --main_process_ip "$main_process_ip" --main_process_port "$main_process_port")
+      ;;
     *) processes=${processes:-$((gpus > 0 ? gpus : 2))} ;;
   esac
   if [ "$gpus" -eq 0 ]; then use_cpu "$(basename "$config")"; fi
 
-  local threads=$(($(count_cores) / ${processes:-$((gpus > 0 ? gpus : 2))}))
+  here=$((${processes:-$((gpus > 0 ? gpus : 2))} / ${num_machines:-1}))
+  local threads=$(($(count_cores) / here))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
   exec "$venv/bin/python" -m accelerate.commands.launch --config_file "$(config_file "$config")" \
-    ${processes:+--num_processes "$processes"} -m rlhf_kit "$@"
+    ${processes:+--num_processes "$processes"} ${nodes[@]+"${nodes[@]}"} -m rlhf_kit "$@"
 }
 
 lint() {
@@ -201,7 +230,7 @@ lint() {
 }
 
 main() {
-  local config="" processes=""
+  local config="" processes="" num_machines="" machine_rank="" main_process_ip="" main_process_port=""
   while [ $# -gt 0 ]; do
     case $1 in
       -h | --help)
@@ -218,6 +247,11 @@ main() {
         [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes needs a positive number, not '$processes'"
         shift 2
         ;;
+      --num_machines | --machine_rank | --main_process_ip | --main_process_port)
+        [ $# -gt 1 ] || fail "$1 needs a value"
+        printf -v "${1#--}" '%s' "$2"
+        shift 2
+        ;;
       -*) fail "unknown option $1; see ./launch.sh --help" ;;
       *) break ;;
     esac
@@ -231,6 +265,13 @@ main() {
     case $1 in test | lint) fail "$1 does not go with --config" ;; esac
     [ -f "$(config_file "$config")" ] ||
       fail "--config $config: there is no $(config_file "$config"); choose from: $(configs)"
+    case $config in
+      multi_node_*) node_options "$config" ;;
+      *)
+        [ -z "$num_machines$machine_rank$main_process_ip$main_process_port" ] ||
+          fail "--num_machines and the like go with a configuration for several machines: multi_node_*"
+        ;;
+    esac
   elif [ -n "$processes" ]; then
     fail "--num_processes goes with --config; choose one from: $(configs)"
   fi

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+NODES = ["--config", "multi_node_zero3", "--num_machines", "2"]
 
 # Prints a line of JSON: how this process was started and, if asked to, what accelerate makes of that.
 PROGRAM = """
@@ -89,7 +92,7 @@ class Checkout:
         self.write("bin/nvidia-smi", f"#!/bin/sh\n{listing}", executable=True)
 
     def start(self, *arguments: str, cwd: Path | None = None, **variables: str):
-        own = ("ACCELERATE_", "CUDA_", "DS_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+        own = ("ACCELERATE_", "CUDA_", "DS_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "NNODES", "NODE_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         # The place that launch.sh gives the tests too: DeepSpeed compiles an operator there, once.
         env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv/torch_extensions"))
@@ -106,6 +109,12 @@ class Checkout:
     def pip_calls(self) -> list[str]:
         log = self.folder / "pip.log"
         return log.read_text().splitlines() if log.exists() else []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -127,7 +136,8 @@ class TestUsage:
         result = checkout.launch("--help")
         assert result.returncode == 0
         assert result.stdout.startswith("Usage:")
-        assert "cpu_ddp ddp fsdp2 single_gpu zero1 zero2 zero3" in result.stdout
+        configurations = "cpu_ddp ddp fsdp2 multi_node_ddp multi_node_zero2 multi_node_zero3 single_gpu zero1 zero2 zero3"
+        assert configurations in result.stdout
         assert checkout.pip_calls() == []
 
     def test_nothing_to_do_is_an_error(self, checkout: Checkout):
@@ -145,6 +155,12 @@ class TestUsage:
             (["--num_processes", "2", "x.yaml"], "--num_processes goes with --config"),
             (["--config", "zero2", "test"], "test does not go with --config"),
             (["--gpus", "2", "x.yaml"], "unknown option --gpus"),
+            (["--config", "multi_node_ddp", "x.yaml"], "multi_node_ddp needs --num_machines"),
+            (["--config", "multi_node_ddp", "--num_machines", "2", "x.yaml"], "needs --machine_rank"),
+            ([*NODES, "--machine_rank", "2", "x.yaml"], "from 0 to 1, not '2'"),
+            ([*NODES, "--machine_rank", "1", "x.yaml"], "needs --main_process_ip"),
+            ([*NODES, "--machine_rank"], "--machine_rank needs a value"),
+            (["--config", "zero2", "--num_machines", "2", "x.yaml"], "go with a configuration for several machines"),
         ],
     )
     def test_a_wrong_call_is_refused_before_anything_is_installed(self, checkout, arguments, message):
@@ -318,6 +334,25 @@ class TestThroughAccelerate:
         result = checkout.launch("--config", "fsdp2", "check")
         assert result.returncode == 2
         assert "--config fsdp2 needs a GPU" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("config", "distributed_type", "zero_stage"),
+        [("multi_node_ddp", "MULTI_CPU", None), ("multi_node_zero3", "DEEPSPEED", 3)],
+    )
+    def test_the_launches_of_two_machines_find_each_other(self, checkout, config, distributed_type, zero_stage):
+        options = ["--config", config, "--num_processes", "2", "--main_process_port", str(free_port())]
+        given = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+        processes = [checkout.start(*options, "distributed", NODE_RANK=str(rank), **given) for rank in range(2)]
+        outputs = [process.communicate(timeout=900) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        for rank, (stdout, stderr) in enumerate(outputs):
+            (run,) = seen(subprocess.CompletedProcess([], 0, stdout, stderr))
+            assert (run["rank"], run["world_size"], run["sum_of_ranks"]) == (rank, 2, 1)
+            assert (run["distributed_type"], run["zero_stage"]) == (distributed_type, zero_stage)
+
+    def test_processes_are_those_of_all_machines(self, checkout: Checkout):
+        options = [*NODES, "--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--num_processes", "3"]
+        assert "3 is no multiple of the 2 machines" in checkout.launch(*options, "check").stderr
 
     def test_a_failing_process_fails_the_launch(self, checkout: Checkout):
         assert checkout.launch("--config", "cpu_ddp", "exit", "3").returncode != 0
