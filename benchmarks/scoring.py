@@ -45,7 +45,6 @@ from rlhf_kit.models.scorer import Scorer, add_log_prob_head
 from rlhf_kit.rollout import Rollout
 
 PROMPT = 16
-WIDTH = utils._CHUNKED_LOGPROB_CHUNK_SIZE  # of a tile of logits; its height is the scorer's choice for the vocabulary
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # --- the two ways ---
@@ -129,6 +128,11 @@ def times(vocabulary: int, batch: int, length: int, repeats: int) -> dict[str, l
     return found
 
 
+def tile_size() -> tuple[int, int]:
+    """Tokens and words of the largest block of logits that the scorer holds."""
+    return chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+
 def speed_and_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for every vocabulary and batch."""
     rows = []
@@ -143,8 +147,8 @@ def speed_and_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
             for name in WAYS:
                 row[f"{name} peak MiB"] = _peak_mib(name, vocabulary, batch, options.length)
             positions = batch * (PROMPT + options.length - 1)
-            height = chunked_logprob.TOKEN_CHUNK_SIZE  # as `times` has set it
-            row["a tile MiB"] = min(positions, height) * min(vocabulary, WIDTH) * 4 / MIB
+            height, width = tile_size()
+            row["a tile MiB"] = min(positions, height) * min(vocabulary, width) * 4 / MIB
             row["all logits MiB"] = positions * vocabulary * 4 / MIB
             rows.append(row)
             print(f"vocabulary {vocabulary}, batch {batch}: done", flush=True)
@@ -163,10 +167,11 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     reached = f"{slowest['faster']:.2f}x at worst (vocabulary {slowest['vocabulary']})"
     found = [{"target": f"at least 1.3x faster at batch {large}", "reached": reached}]
     # Below a tile's width the peak is that of few logits and of the layers; beyond it, more words may not take more.
-    wide = [row for row in at_large if row["vocabulary"] >= WIDTH]
+    width = tile_size()[1]
+    wide = [row for row in at_large if row["vocabulary"] >= width]
     if wide:
         peaks, tile = [row["scorer peak MiB"] for row in wide], wide[0]["a tile MiB"]
-        over = f"over vocabularies of {WIDTH} and more at batch {large}"
+        over = f"over vocabularies of {width} and more at batch {large}"
         reached = f"{max(peaks) / tile:.1f} tiles of {tile:.0f} MiB at most, {over}"
         found.append({"target": "peak bounded by a tile", "reached": reached})
         reached = f"largest over smallest peak {max(peaks) / min(peaks):.2f}, {over}"

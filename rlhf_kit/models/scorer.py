@@ -13,12 +13,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_kit.models.adapters import active_adapter, adapter_parameters
 from rlhf_kit.rollout import Rollout
 
-CPU_TILE = 2**21  # logits: 8 MiB in float32
+CPU_TILE = (512, 1024)  # tokens by words: 2 MiB in float32
 
 
 def add_log_prob_head(model: PreTrainedModel | PeftModel, temperature: float = 1.0) -> None:
@@ -29,17 +30,17 @@ def add_log_prob_head(model: PreTrainedModel | PeftModel, temperature: float = 1
     """
     base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
     if not torch.cuda.is_available():
-        _fit_tiles_to_cpu(base.config.get_text_config().vocab_size)
+        _fit_tiles_to_cpu()
     add_fused_lm_head(base, temperature=temperature)
 
 
-def _fit_tiles_to_cpu(vocabulary: int) -> None:
+def _fit_tiles_to_cpu() -> None:
     """Let TRL's head work on small tiles of logits, in the whole process.
 
-    Its own, of up to 512 MiB, are meant for GPUs: on a CPU such blocks are fetched from the system page by page with
-    every operation, which takes longer than the operation. For a small vocabulary they are small anyway.
+    Its own, of up to 512 MiB, are meant for GPUs, where one kernel reads a tile once. On a CPU a tile is read several
+    times, which is quick while it fits the cache.
     """
-    chunked_logprob.TOKEN_CHUNK_SIZE = max(64, min(4096, CPU_TILE // vocabulary))
+    chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
 
 
 def token_outputs(

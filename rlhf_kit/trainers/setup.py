@@ -76,6 +76,8 @@ def build_args(cls: type[Args], run: StageRun, given: Mapping[str, Any], **defau
         # DeepSpeed on a CPU: without a backend each process takes itself for the only one, and with `use_cpu`
         # accelerate falls back to plain data parallelism.
         merged = {"ddp_backend": "gloo", **merged}
+        if merged["bf16"]:
+            raise RunError("trainer.args.bf16: DeepSpeed on a CPU trains in float32; write bf16: false")
     elif not torch.cuda.is_available() and "use_cpu" not in merged:
         merged["use_cpu"] = True
     try:

@@ -51,12 +51,26 @@ CASES: dict[str, dict[str, Any]] = {
         "accuracy_band": {"low": 0.2, "high": 0.8},
         "truncation": {"policy": "mask"},
     },
+    "bfloat16": {
+        "rewards": [prm()],
+        "credit": {"estimator": "gae", "kl": {"coefficient": 0.05}},
+        "args": {"bf16": True},
+    },
     "LoRA, prime, average as reference": {
         "model": LORA,
         "rewards": [prm(reference="ema")],
         "credit": {"estimator": "prime", "horizon": "immediate"},
     },
 }
+
+# Of an update's size, and of a token's rewards, returns and advantages (up to 5). In bfloat16 batches of another shape
+# round otherwise, by up to 2 ** -8 an operation.
+TOLERANCES = {name: (1e-3, 1e-5) for name in CASES} | {"bfloat16": (0.2, 0.2)}
+
+
+def can_run(name: str, world: str) -> bool:
+    """transformers refuses bfloat16 for DeepSpeed on a CPU."""
+    return CASES[name].get("args", {}).get("bf16") is None or world == "cpu_ddp"
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +129,7 @@ def one_folder(alone: Any, small_policy: Path, prompts: Path) -> Path:
 def two(
     request: pytest.FixtureRequest, together: Any, small_policy: Path, prompts: Path, one_folder: Path
 ) -> tuple[str, Outcome]:
-    cases = [case(name, small_policy, prompts, 2, one_folder) for name in CASES]
+    cases = [case(name, small_policy, prompts, 2, one_folder) for name in CASES if can_run(name, request.param)]
     return request.param, outcomes(together(request.param, cases))
 
 
@@ -127,6 +141,9 @@ def one(one_folder: Path) -> Outcome:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_learn_what_one_does(name: str, one: Outcome, two: tuple[str, Outcome]) -> None:
     world, outcome = two
+    if not can_run(name, world):
+        pytest.skip("transformers refuses bfloat16 for DeepSpeed on a CPU")
+    update, token = TOLERANCES[name]
     (expected, alone), (found, together) = one(name), outcome(name)
     stage = {"cpu_ddp": None, "zero2": 2, "zero3": 3}[world]
     assert (alone["world_size"], alone["distributed_type"]) == (1, "NO")
@@ -139,15 +156,18 @@ def test_two_processes_learn_what_one_does(name: str, one: Outcome, two: tuple[s
         if key.startswith("moved."):
             size = expected[key].norm()
             assert size > 0, key
-            assert (found[key] - expected[key]).norm() / size <= 1e-3, key
+            assert (found[key] - expected[key]).norm() / size <= update, key
         else:
-            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5, msg=key)
+            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=token, msg=key)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_log_what_one_does(name: str, one: Outcome, two: tuple[str, Outcome]) -> None:
+    world, outcome = two
+    if name == "bfloat16" or not can_run(name, world):
+        pytest.skip("what is logged in bfloat16 differs in its last digits")
     ours = ("rewards/", "credit/", "prm/", "value/", "kl", "reward", "completions/", "accuracy")
-    for before, after in zip(one(name)[1]["logs"], two[1](name)[1]["logs"], strict=True):
+    for before, after in zip(one(name)[1]["logs"], outcome(name)[1]["logs"], strict=True):
         compared = [key for key in before if key.startswith(ours)]
         assert compared
         for key in compared:
