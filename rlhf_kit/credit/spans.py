@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from rlhf_kit.credit.byte_level import byte_level_offsets
 from rlhf_kit.rollout import CharRange, Span
 
 _PLACEMENTS = ("end", "spread", "start")
@@ -40,6 +41,9 @@ def token_offsets(tokenizer: Decoder, ids: Sequence[int], skip_special_tokens: b
     """
     ids = list(ids)
     text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    known = byte_level_offsets(tokenizer, ids, text, skip_special_tokens)
+    if known is not None:
+        return known
     offsets, settled = _scan(tokenizer, ids, text, skip_special_tokens, context=_CONTEXT)
     if settled != len(text):  # windows do not suit this decoder: decode every prefix from the start
         offsets, _ = _scan(tokenizer, ids, text, skip_special_tokens, context=len(ids))
@@ -149,6 +153,22 @@ def _row_rewards(
         overlaps &= overlaps.cumsum(dim=1) == 1
     shares = rewards / overlaps.sum(dim=1).clamp(min=1)
     return torch.where(overlaps, shares[:, None], 0.0).sum(dim=0)
+
+
+def spans_on_actions(
+    spans: Sequence[Sequence[Span]],
+    offsets: Sequence[Sequence[CharRange]],
+    action_mask: Bool[Tensor, "B T"],
+) -> list[list[Span]]:
+    """The spans that overlap an action token: those that `spread_spans` gives to some token."""
+    kept = []
+    for row_spans, row_offsets, actions in zip(spans, offsets, action_mask.tolist(), strict=True):
+        written = bytearray(_length(row_offsets))  # 1 where the policy chose a token that has the character
+        for (start, end), action in zip(row_offsets, actions, strict=False):
+            if action:
+                written[start:end] = b"\x01" * (end - start)
+        kept.append([span for span in row_spans if written.find(1, span.start, span.end) >= 0])
+    return kept
 
 
 def segment(text: str, pattern: str) -> list[CharRange]:

@@ -19,8 +19,9 @@ from rlhf_kit.rollout import CharRange, RewardSource, Rollout, Span, Status, Tok
 class Segments(Config):
     """How a completion is cut into the parts that are judged one by one (`rlhf_kit.credit.segments`).
 
-    `step` ends at blank lines and before "Step k" and list items, or where `pattern` matches; `subsentence` is cut at
-    `, ; ! ?` with at least `min_words` words on both sides.
+    `turn` is what the policy said between two answers of tools. Each turn is cut for itself: `step` ends at blank lines
+    and before "Step k" and list items, or where `pattern` matches; `subsentence` is cut behind `, ; ! ?`, each part
+    with at least `min_words` words. Only `completion` holds what tools said.
     """
 
     by: Literal["completion", "turn", "step", "sentence", "subsentence", "token"] = "completion"
@@ -35,29 +36,45 @@ class Segments(Config):
         text = rollout.texts[row]
         if self.by == "completion":
             return segments.completion(text)
+        if self.by == "token":
+            return segments.tokens(rollout.offsets[row], rollout.action_mask[row].tolist())
+        turns = own_turns(rollout, row)
+        return [(start + first, start + last) for start, end in turns for first, last in self.within(text[start:end])]
+
+    def within(self, turn: str) -> list[CharRange]:
+        """Character ranges of the parts of one turn, or of any text; not for `by: token`."""
+        from rlhf_kit.credit import segments
+
         if self.by == "step":
-            return segments.steps(text, self.pattern or segments.STEP_PATTERN)
+            return segments.steps(turn, self.pattern or segments.STEP_PATTERN)
         if self.by == "sentence":
-            return segments.sentences(text, self.language)
+            return segments.sentences(turn, self.language)
         if self.by == "subsentence":
-            return segments.subsentences(text, self.min_words, self.language)
-        mask = rollout.action_mask[row].tolist()
-        if self.by == "turn":
-            return segments.turns(text, rollout.offsets[row], mask)
-        return segments.tokens(rollout.offsets[row], mask)
+            return segments.subsentences(turn, self.min_words, self.language)
+        return segments.completion(turn)
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the pattern."""
-        if self.pattern is None:
-            return
-        if self.by != "step":
-            yield Problem(
-                "pattern", f"is only for by: step, not {self.by}", self.pattern, "remove it or write by: step"
-            )
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            yield Problem("pattern", f"is no regular expression ({error})", self.pattern, r"escape it, as in \(")
+        if self.pattern is not None and self.by != "step":
+            what = f"is only for by: step, not {self.by}"
+            yield Problem("pattern", what, self.pattern, "remove it or write by: step")
+        if self.pattern is not None:
+            yield from pattern_problems(self.pattern)
+
+
+def pattern_problems(pattern: str) -> Iterator[Problem]:
+    """Why the field `pattern` cannot be used as a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield Problem("pattern", f"is no regular expression ({error})", pattern, r"escape what is meant literally: \(")
+
+
+def own_turns(rollout: Rollout, row: int) -> list[CharRange]:
+    """Character ranges of what the policy said in a row: all of its text, but what tools answered."""
+    from rlhf_kit.credit import segments
+
+    return segments.turns(rollout.texts[row], rollout.offsets[row], rollout.action_mask[row].tolist())
 
 
 class TextSourceConfig(SourceConfig):
@@ -65,7 +82,7 @@ class TextSourceConfig(SourceConfig):
 
     A span's reward lands on its last token (`placement: end`), its first (`start`), or in equal parts on all of them
     (`spread`). With `per_segment: mean` the rewards of a completion are divided by the number of its spans, so that
-    more of them earn no more.
+    more of them earn no more; those that lie on no token of the policy's neither count nor are kept.
     """
 
     placement: Literal["end", "spread", "start"] = "end"
@@ -111,16 +128,14 @@ def span_rewards(
     """
     import torch
 
-    from rlhf_kit.credit.spans import spread_spans
+    from rlhf_kit.credit.spans import spans_on_actions, spread_spans
 
-    spans = [[] if isinstance(row, Status) else list(row) for row in judged.rows]
-    if per_segment == "mean":
-        spans = [[replace(span, reward=span.reward / len(row)) for span in row] for row in spans]
+    given = [[] if isinstance(row, Status) else list(row) for row in judged.rows]
+    tokens = spread_spans(given, rollout.offsets, rollout.action_mask, placement)
+    spans = spans_on_actions(given, rollout.offsets, rollout.action_mask)
     device = rollout.action_mask.device
+    if per_segment == "mean":
+        tokens = tokens / torch.tensor([max(len(row), 1) for row in spans], device=device)[:, None]
+        spans = [[replace(span, reward=span.reward / len(row)) for span in row] for row in spans]
     status = [int(row if isinstance(row, Status) else Status.OK) for row in judged.rows]
-    return TokenRewards(
-        tokens=spread_spans(spans, rollout.offsets, rollout.action_mask, placement),
-        status=torch.tensor(status, device=device),
-        metrics=judged.metrics,
-        spans=spans,
-    )
+    return TokenRewards(tokens, torch.tensor(status, device=device), judged.metrics, spans)

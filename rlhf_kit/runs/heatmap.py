@@ -1,8 +1,9 @@
-"""Per-token credit of sampled completions as HTML: colour = advantage, hover = reward by source.
+"""Per-token credit of sampled completions as HTML: colour = advantage, hover = reward by source, line = judged span.
 
 Completions are untrusted text: all that comes from a sample is escaped, and nothing here needs a script.
 A sample is a line of a samples file: `prompt`, `completion`, `tokens`, and as many `advantages`, `rewards` by
-source, `values`, `kl`, `action_mask`, besides `outcome` and `step_truth`.
+source, `values`, `kl`, `action_mask`, besides `outcome`, `step_truth` and `spans`: for each source the
+`[start, end, reward]` of what it judged, in characters of `completion`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,16 @@ NEGATIVE = "213,94,0"
 STRONGEST = 0.72
 MAX_TOKENS = 2000
 SHORT = 80  # completions up to this many tokens stand side by side
+MAX_SPANS = 6  # of one token that are told
 
+JudgedSpan = tuple[str, int, int, float | None]  # source, start, end, reward
 STYLE = f"<style>\n{(Path(__file__).parent / 'heatmap.css').read_text(encoding='utf-8')}</style>\n"
 
 
 def heatmap_html(sample: Mapping[str, Any], scale: float | None = None) -> str:
     """A self-contained fragment that shows one completion; `scale` is the advantage of full colour."""
     scale = advantage_scale([sample]) if scale is None else scale
-    return STYLE + _legend(scale) + _card(sample, scale)
+    return STYLE + _legend(scale, [sample]) + _card(sample, scale)
 
 
 def heatmap_page(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -42,7 +46,7 @@ def heatmap_cards(samples: Sequence[Mapping[str, Any]]) -> str:
     scale = advantage_scale(samples)
     short = all(len(sample.get("tokens") or ()) <= SHORT for sample in samples)
     cards = "".join(_card(sample, scale) for sample in samples)
-    return f'{_legend(scale)}<div class="{"hm-short" if short else "hm-long"}">{cards}</div>\n'
+    return f'{_legend(scale, samples)}<div class="{"hm-short" if short else "hm-long"}">{cards}</div>\n'
 
 
 def advantage_scale(samples: Sequence[Mapping[str, Any]]) -> float:
@@ -64,18 +68,25 @@ def colour(advantage: float | None, scale: float) -> str:
     return f"rgba({POSITIVE if advantage > 0 else NEGATIVE},{alpha:.2f})"
 
 
-def _legend(scale: float) -> str:
+def _legend(scale: float, samples: Sequence[Mapping[str, Any]]) -> str:
     limit = format_number(scale, digits=3)
+    judged = '<span><u class="hm-up">span with a reward</u> <u class="hm-down">with a penalty</u></span>'
     return (
         f'<div class="hm-legend"><span>advantage</span><span>≤ −{limit}</span><span class="hm-bar"></span>'
-        f"<span>≥ +{limit}</span></div>\n"
+        f"<span>≥ +{limit}</span>{judged if any(_spans(sample) for sample in samples) else ''}</div>\n"
     )
 
 
 def _card(sample: Mapping[str, Any], scale: float) -> str:
     tokens = sample.get("tokens") or []
-    marks = _step_marks(sample)
-    shown = "".join(_token(sample, index, scale, marks.get(index)) for index in range(min(len(tokens), MAX_TOKENS)))
+    places, spans = _places(sample), _spans(sample)
+    marks, holding = _step_marks(sample, places), _holding(spans)
+    shown = ""
+    for index, (start, end) in enumerate(places[:MAX_TOKENS]):
+        over = [spans[k] for k in sorted({k for character in range(start, end) for k in holding.get(character, ())})]
+        net = {c: sum(spans[k][3] or 0.0 for k in holding[c]) for c in range(start, end) if c in holding}
+        text = _underlined(str(tokens[index]), start, net)
+        shown += _token(sample, index, scale, text, over) + _mark(marks.get(index))
     if len(tokens) > MAX_TOKENS:
         shown += f"<i> … {len(tokens) - MAX_TOKENS} more tokens</i>"
     if not tokens:
@@ -109,45 +120,88 @@ def _prompt(sample: Mapping[str, Any]) -> str:
     return f"<details>{summary}<pre>{_clean(text)}</pre></details>"
 
 
-def _token(sample: Mapping[str, Any], index: int, scale: float, right: bool | None) -> str:
-    text = str(sample["tokens"][index])
-    shown = _clean(text).replace("\n", "<i>↵</i>\n")
-    mark = "" if right is None else "<b>✓</b>" if right else '<b class="hm-x">✗</b>'
+def _token(sample: Mapping[str, Any], index: int, scale: float, shown: str, spans: Sequence[JudgedSpan]) -> str:
     if not _is_action(sample, index):
-        return f'<span class="hm-other" data-tip="not chosen by the policy">{shown}</span>{mark}'
+        return f'<span class="hm-other" data-tip="not chosen by the policy">{shown}</span>'
     background = colour(_at(sample.get("advantages"), index), scale)
-    return f'<span style="background:{background}" data-tip="{_tip(sample, index)}">{shown}</span>{mark}'
+    return f'<span style="background:{background}" data-tip="{_tip(sample, index, spans)}">{shown}</span>'
 
 
-def _tip(sample: Mapping[str, Any], index: int) -> str:
+def _mark(right: bool | None) -> str:
+    return "" if right is None else "<b>✓</b>" if right else '<b class="hm-x">✗</b>'
+
+
+def _shown(text: str) -> str:
+    return _clean(text).replace("\n", "<i>↵</i>\n")
+
+
+def _underlined(text: str, start: int, net: Mapping[int, float]) -> str:
+    """A token's text, its judged characters underlined by the sign of their spans' rewards; it begins at `start`."""
+    parts = []
+    signs = [None if start + k not in net else (net[start + k] > 0) - (net[start + k] < 0) for k in range(len(text))]
+    for sign, run in groupby(zip(text, signs, strict=True), key=lambda pair: pair[1]):
+        part = _shown("".join(character for character, _ in run))
+        kind = {1: ' class="hm-up"', -1: ' class="hm-down"', 0: ""}
+        parts.append(part if sign is None else f"<u{kind[sign]}>{part}</u>")
+    return "".join(parts)
+
+
+def _tip(sample: Mapping[str, Any], index: int, spans: Sequence[JudgedSpan]) -> str:
     sources = sample.get("rewards") or {}
     rows = [("advantage", _at(sample.get("advantages"), index))]
     rows += [(f"reward {source}", _at(rewards, index)) for source, rewards in sources.items()]
     rows += [
         (name, _at(sample.get(key), index)) for name, key in (("value", "values"), ("KL", "kl")) if sample.get(key)
     ]
+    rows += [(f"span {source}", reward) for source, _, _, reward in spans[:MAX_SPANS]]
     width = max(len(name) for name, _ in rows)
     lines = [f"token {index + 1} of {len(sample['tokens'])}"]
     lines += [f"{name:<{width}}  {format_number(number, signed=True)}" for name, number in rows]
+    lines += [f"and {len(spans) - MAX_SPANS} more spans"] if len(spans) > MAX_SPANS else []
     return _clean("\n".join(lines)).replace("\n", "&#10;")
 
 
-def _step_marks(sample: Mapping[str, Any]) -> dict[int, bool]:
+def _spans(sample: Mapping[str, Any]) -> list[JudgedSpan]:
+    """Source, start, end and reward of all spans of a completion, in the order of their starts."""
+    spans = [(name, *span) for name, found in (sample.get("spans") or {}).items() for span in found]
+    return sorted(spans, key=lambda span: (span[1], span[2]))
+
+
+def _holding(spans: Sequence[JudgedSpan]) -> dict[int, list[int]]:
+    """For each judged character the numbers of the spans that hold it."""
+    holding: dict[int, list[int]] = {}
+    for k, (_, start, end, _) in enumerate(spans):
+        for character in range(start, end):
+            holding.setdefault(character, []).append(k)
+    return holding
+
+
+def _places(sample: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Characters of the completion that each token shows; none where it is no part of the text, as special tokens.
+
+    A character that two tokens share is shown by both.
+    """
+    text = str(sample.get("completion") or "")
+    places, position = [], 0
+    for token in sample.get("tokens") or []:
+        length = len(str(token))
+        start = next((at for at in (position, position - 1) if at >= 0 and text.startswith(str(token), at)), None)
+        places.append((position, position) if start is None else (start, start + length))
+        position = places[-1][1]
+    return places
+
+
+def _step_marks(sample: Mapping[str, Any], places: Sequence[tuple[int, int]]) -> dict[int, bool]:
     """By index of the last token of each step with a known truth: whether that step is right."""
     truth = sample.get("step_truth") or []
     separator = sample.get("step_separator") or " "
     text = str(sample.get("completion") or "")
-    ends, position = [], 0
-    for token in sample.get("tokens") or []:
-        if text.startswith(str(token), position):  # special tokens are not in the text
-            position += len(str(token))
-        ends.append(position)
     marks, start, steps = {}, 0, iter(truth)
     for piece in text.split(separator):
         if piece.strip():
             stop = start + len(piece.rstrip())
             right = next(steps, None)
-            last = next((index for index, end in enumerate(ends) if end >= stop), None)
+            last = next((index for index, (_, end) in enumerate(places) if end >= stop), None)
             if right is not None and last is not None:
                 marks[last] = bool(right)
         start += len(piece) + len(separator)

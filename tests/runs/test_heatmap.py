@@ -92,6 +92,85 @@ def test_steps_of_known_truth_are_marked_under_their_last_token() -> None:
     assert shown.startswith('22<b>✓</b> 241<b class="hm-x">✗</b> 9&lt;|im_end|&gt;')
 
 
+SPANS = {
+    "completion": "good bad so",
+    "tokens": ["go", "od", " ba", "d", " so", "<|im_end|>"],
+    "advantages": [0.0] * 6,
+    "rewards": {"critic": [0.0, 0.5, 0.0, -1.0, 0.0, 0.0]},
+    "spans": {"critic": [[0, 4, 0.5], [5, 8, -1.0]], "other": [[6, 9, 0.25], [9, 11, 0.0]]},
+}
+
+
+def pieces(html: str) -> list[tuple[str, str]]:
+    """Each underlined piece of the first card: its class, and its text."""
+    shown = html.split("<article")[1]
+    return [(kind or "", text) for kind, text in re.findall(r'<u(?: class="(.*?)")?>(.*?)</u>', shown)]
+
+
+def test_judged_characters_are_underlined_by_the_sign_of_their_reward() -> None:
+    """A span ends within a token; where spans overlap, their sum counts."""
+    found = pieces(heatmap_html(SPANS))
+    assert found == [
+        ("hm-up", "go"),
+        ("hm-up", "od"),
+        ("hm-down", "ba"),
+        ("hm-down", "d"),
+        ("hm-up", " "),
+        ("", "so"),
+    ]
+
+
+def test_pointing_at_a_token_tells_the_spans_on_it(parse: Parse) -> None:
+    tips = [dict(read_tip(token)) for token in parse(heatmap_html(SPANS)).tokens()]
+    spans = [{name: value for name, value in tip.items() if name.startswith("span ")} for tip in tips]
+    assert spans == [
+        {"span critic": "+0.5"},
+        {"span critic": "+0.5"},
+        {"span critic": "−1", "span other": "+0.25"},
+        {"span critic": "−1", "span other": "+0.25"},
+        {"span other": "0"},
+        {},
+    ]
+    assert tips[1]["reward critic"] == "+0.5"
+
+
+def test_many_spans_on_one_token_are_cut_and_counted(parse: Parse) -> None:
+    spans = {"critic": [[0, 1, 1.0]] * 9}
+    sample = {"completion": "x", "tokens": ["x"], "advantages": [0.0], "spans": spans}
+    (token,) = parse(heatmap_html(sample)).tokens()
+    assert (token["data-tip"] or "").splitlines()[-1] == "and 3 more spans"
+    assert (token["data-tip"] or "").count("span critic") == 6
+
+
+def test_a_character_that_two_tokens_share_is_underlined_in_both() -> None:
+    sample = {
+        "completion": "a🎉b",
+        "tokens": ["a", "🎉", "🎉", "<pad>", "b"],
+        "advantages": [0.0] * 5,
+        "spans": {"critic": [[1, 2, 1.0]]},
+    }
+    assert pieces(heatmap_html(sample)) == [("hm-up", "🎉")] * 2
+    sample["spans"] = {"critic": [[2, 3, -1.0]]}
+    assert pieces(heatmap_html(sample)) == [("hm-down", "b")]
+
+
+def test_the_legend_names_the_lines_only_where_there_are_any(parse: Parse) -> None:
+    assert "span with a reward" in parse(heatmap_page([{**SPANS, "spans": {}}, SPANS])).text
+    assert "span with a reward" not in parse(heatmap_page([{**SPANS, "spans": {"critic": []}}])).text
+
+
+def test_hostile_text_and_names_stay_text_within_spans(parse: Parse, hostile: str, hostile_sample: dict) -> None:
+    hostile_sample["spans"] = {hostile: [[0, 3, 1.0], [1, len(hostile), float("nan")]]}
+    page = parse(heatmap_page([hostile_sample]))
+    assert page.scripts == []
+    assert {tag for tag, _ in page.elements} <= {
+        "style", "div", "span", "article", "details", "summary", "pre", "b", "i", "u",
+    }  # fmt: skip
+    assert not [attributes for _, attributes in page.elements if "onerror" in attributes]
+    assert hostile in page.text
+    assert f"span {hostile}" in (page.tokens()[0]["data-tip"] or "")
+
+
 @pytest.mark.parametrize(("outcome", "shown"), [(1.0, "right"), (0.0, "wrong"), (0.4, "outcome 0.4")])
 def test_the_outcome_is_told(outcome: float, shown: str, parse: Parse) -> None:
     assert shown in parse(heatmap_html({"tokens": ["x"], "advantages": [0.0], "outcome": outcome})).text

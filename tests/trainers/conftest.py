@@ -18,6 +18,7 @@ from rlhf_kit.data.tasks import running_sums, running_sums_vocabulary
 from rlhf_kit.models.config import Scratch
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import rollout_outputs
+from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rollout import Rollout
 from rlhf_kit.trainers.config import Ppo
 from rlhf_kit.trainers.ppo import PpoTrainer
@@ -134,14 +135,16 @@ def stage(policy_path: str) -> Callable[..., Ppo]:
 
 @pytest.fixture
 def build(stage: Callable[..., Ppo], tmp_path: Path) -> Callable[..., Recorder]:
-    """A trainer of such a stage; `functions` are reward functions by name."""
+    """A trainer of such a stage; `functions` are reward functions by name, `sources` stand in for its rewards."""
 
     def make(
         functions: Mapping[str, Callable[..., Any]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        sources: Sequence[SourceConfig] = (),
         **fields: Any,
     ) -> Recorder:
         config = stage(samples={"every": 1, "count": 1000}, **fields)
+        config = config.model_copy(update={"rewards": tuple(sources)} if sources else {})
         run = StageRun(tmp_path)
         args = ppo_args(config, run)
         set_seed(args.seed)
