@@ -62,6 +62,8 @@ class Rollout:
         columns: the data set's other columns, each a list of B values.
         outcomes: (B,), mean label in [0, 1] that the outcome sources gave, NaN in a row that none labelled; None before
             they have scored, and where none gives labels.
+        rewards: token rewards (B, T) of the sources that have scored, before their weights, NaN in a row that a source
+            did not judge; only there for `RewardSource.loss`, and only those written before it in the recipe.
         peer_outcomes: (B,), mean outcome of the other completions of the same prompt over all ranks, 1/2 where there
             is none; only there for `RewardSource.loss`.
         group_size: completions per prompt.
@@ -83,6 +85,7 @@ class Rollout:
     offsets: Sequence[Sequence[CharRange]] = ()
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     outcomes: Float[Tensor, "B"] | None = None
+    rewards: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     peer_outcomes: Float[Tensor, "B"] | None = None
     group_size: int = 1
     micro_batch_size: int = 1
@@ -108,6 +111,7 @@ class Rollout:
             offsets=self.offsets[part],
             columns={name: values[part] for name, values in self.columns.items()},
             outcomes=None if self.outcomes is None else self.outcomes[part],
+            rewards={name: value[part] for name, value in self.rewards.items()},
             peer_outcomes=None if self.peer_outcomes is None else self.peer_outcomes[part],
         )
 
@@ -148,7 +152,7 @@ class RewardSource(ABC):
     def begin(self, rollout: Rollout) -> None:
         """Start what can go on while models score, such as requests to a server; `score` waits for it.
 
-        Log-probabilities are not there yet. What raises here is not agreed between ranks: keep it for `score`.
+        Log-probabilities are not there yet.
         """
         return
 

@@ -49,6 +49,20 @@ def uses_deepspeed(config: str | None, environment: Mapping[str, str] = os.envir
     return _read(config).get("distributed_type") == "DEEPSPEED"
 
 
+def launch_of(environment: Mapping[str, str] = os.environ) -> str:
+    """What divides the work of a run that has been started: a checkpoint of one kind means nothing to another."""
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() == "true"
+
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        return f"ZeRO-{stage}" if stage else "DeepSpeed"
+    if on("ACCELERATE_USE_FSDP"):
+        return f"FSDP-{environment.get('FSDP_VERSION', '1')}"
+    return "data parallel"
+
+
 def _read(config: str) -> dict[str, Any]:
     path = _config_path(config)
     try:

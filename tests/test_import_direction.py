@@ -9,7 +9,7 @@ import rlhf_kit
 
 PACKAGE = Path(rlhf_kit.__file__).parent
 TIERS = (
-    ("config", "errors", "problems", "redact", "yaml12", "rollout"),
+    ("config", "errors", "problems", "redact", "yaml12", "rollout", "world_size"),
     ("credit",),
     ("models", "judges", "data"),
     ("rewards", "objectives"),
@@ -24,7 +24,6 @@ TIERS = (
         "recipe_plan",
         "recipe_warnings",
         "recipe_yaml",
-        "world_size",
     ),
     ("cli", "__main__"),
 )

@@ -136,8 +136,8 @@ class TestUsage:
         result = checkout.launch("--help")
         assert result.returncode == 0
         assert result.stdout.startswith("Usage:")
-        configurations = "cpu_ddp ddp fsdp2 multi_node_ddp multi_node_zero2 multi_node_zero3 single_gpu zero1 zero2 zero3"
-        assert configurations in result.stdout
+        several = "multi_node_ddp multi_node_zero2 multi_node_zero3"
+        assert f"cpu_ddp ddp fsdp2 {several} single_gpu zero1 zero2 zero3" in result.stdout
         assert checkout.pip_calls() == []
 
     def test_nothing_to_do_is_an_error(self, checkout: Checkout):

@@ -18,6 +18,7 @@ from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest, write_whole
 from rlhf_kit.trainers.setup import StageRun
+from rlhf_kit.world_size import launch_of
 
 RESULT_FILE = "result.json"
 RECIPE_FILE = "recipe.resolved.yaml"
@@ -87,15 +88,16 @@ def _refuse_other_content(folder: Path) -> None:
 
 
 def _claim(recipe: Recipe) -> None:
-    folder, world_size = recipe.run_folder, int(os.environ.get("WORLD_SIZE", "1"))
+    folder = recipe.run_folder
+    launch = {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch_of()}
     written, text = folder / RECIPE_FILE, redact(recipe.to_yaml())
     if written.is_file():
         _check_same(folder, yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text))
-        _check_world_size(recipe, world_size)
+        _check_launch(recipe, launch)
     else:
         write_whole(written, text)
     if not read_manifest(folder):
-        write_manifest(folder, **describe_run(recipe, world_size))
+        write_manifest(folder, **describe_run(recipe), **launch)
 
 
 def _check_same(folder: Path, before: Any, now: Any) -> None:
@@ -108,19 +110,25 @@ def _check_same(folder: Path, before: Any, now: Any) -> None:
         )
 
 
-def _check_world_size(recipe: Recipe, world_size: int) -> None:
-    """A checkpoint holds the state of every rank, so the stage that it belongs to needs as many again."""
-    before = read_manifest(recipe.run_folder).get("world_size", world_size)
+def _check_launch(recipe: Recipe, launch: dict[str, Any]) -> None:
+    """A checkpoint holds the state of every rank in the form of its launcher, so its stage needs the same again."""
+    manifest = read_manifest(recipe.run_folder)
+    before = {name: manifest.get(name, value) for name, value in launch.items()}
     for name in recipe.stages:
         folder = recipe.stage_folder(name)
         begun = not (folder / RESULT_FILE).is_file() and any(StageRun(folder).checkpoints.glob("checkpoint-*"))
-        if begun and before != world_size:
+        if begun and before != launch:
             raise RunError(
-                f"stage '{name}' was begun with {before} processes and cannot go on with {world_size}: start "
-                f"{before} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
+                f"stage '{name}' was begun with {_described(before)} and cannot go on with {_described(launch)}: start "
+                f"{_described(before)} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
             )
-    if before != world_size and "finished" not in read_manifest(recipe.run_folder):
-        write_manifest(recipe.run_folder, world_size=world_size)
+    if before != launch and "finished" not in manifest:
+        write_manifest(recipe.run_folder, **launch)
+
+
+def _described(launch: dict[str, Any]) -> str:
+    count = launch["world_size"]
+    return f"{count} {'process' if count == 1 else 'processes'} ({launch['launch']})"
 
 
 def _differences(before: Any, now: Any, path: str = "") -> set[str]:

@@ -44,7 +44,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def describe_run(recipe: Recipe) -> dict[str, Any]:
     """Versions, commit, command, and where the run was started."""
     return {
         "name": recipe.name,
@@ -53,7 +53,6 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "git_commit": _git_commit(),
         "platform": platform.platform(),
-        "world_size": world_size,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_kit.problems import Problem, did_you_mean, listed
 from rlhf_kit.trainers.argument_source import Argument, arguments, enum_values, trackers
-from rlhf_kit.trainers.config import Ppo, Reward, Sft
+from rlhf_kit.trainers.config import Ppo, Reward, Segment, Sft
 
 TOKEN_LEVEL_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo")
 
@@ -20,6 +20,7 @@ _REWARD_CLASSES = {"dpo": "trl.DPOConfig", "nca": "trl.DPOConfig", "kto": "trl.K
 _RESERVED = {
     "output_dir": "set the recipe's name and runs_dir",
     "resume_from_checkpoint": "start the same command again: it goes on from the last checkpoint",
+    "ignore_data_skip": "leave it out: a resumed run goes on at the next row",
     "save_only_model": "checkpoints must hold all that resuming needs; model/ holds the model alone",
     "hub_token": "set HF_TOKEN in the environment: a secret does not belong in a recipe",
     "model_init_kwargs": "set the fields of `model`",
@@ -28,6 +29,7 @@ _RESERVED = {
 _RESERVED_BY_STAGE = {
     "sft": {},
     "reward": {"beta": "set the stage's beta", "loss_type": "set the stage's objective"},
+    "segment": {},
     "ppo": {
         "beta": "set credit.kl",
         "scale_rewards": "set credit.scale",
@@ -59,6 +61,8 @@ _IN_WORDS = {
 
 def config_class(stage_type: str, objective: str = "ce") -> str:
     """The dataclass whose fields a stage's `trainer.args` are."""
+    if stage_type == "segment":
+        return "transformers.TrainingArguments"
     if stage_type == "reward":
         return _REWARD_CLASSES.get(objective, "transformers.TrainingArguments")
     return {"sft": "trl.SFTConfig", "ppo": "trl.GRPOConfig"}[stage_type]
@@ -239,7 +243,7 @@ class Batch:
         return self.rollout * self.iterations / self.rows_per_update
 
 
-def argument(stage: Sft | Reward | Ppo, name: str) -> Any:
+def argument(stage: Sft | Reward | Segment | Ppo, name: str) -> Any:
     """An argument of the stage's trainer: as the recipe gives it, or else the dataclass's default."""
     if name in stage.trainer.args:
         return stage.trainer.args[name]
@@ -247,7 +251,7 @@ def argument(stage: Sft | Reward | Ppo, name: str) -> Any:
     return arguments(class_name)[name].default
 
 
-def batch_of(stage: Sft | Reward | Ppo, world_size: int) -> Batch:
+def batch_of(stage: Sft | Reward | Segment | Ppo, world_size: int) -> Batch:
     """The stage's batch arithmetic on `world_size` processes, as TRL computes it."""
     per_device = argument(stage, "per_device_train_batch_size")
     accumulation = argument(stage, "gradient_accumulation_steps")

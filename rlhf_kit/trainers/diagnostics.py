@@ -28,7 +28,11 @@ StepLabels = list[list[tuple[int, int, bool]]]
 
 
 class RolloutLog:
-    """Writes the metrics and samples of one rollout."""
+    """Writes the metrics and samples of one rollout.
+
+    Attributes:
+        last_sampled: in which interval of `samples.every` steps samples were last kept.
+    """
 
     def __init__(
         self,
@@ -41,7 +45,7 @@ class RolloutLog:
         self._tokenizer = tokenizer
         self._ranks = ranks
         self._log_samples = log_samples
-        self._last_sampled = -1
+        self.last_sampled = -1
 
     def write(
         self,
@@ -61,8 +65,8 @@ class RolloutLog:
             trainer.log_metric(name, value)
         self._replace_trl(trainer, scores, weighted, episode, credited)
         every = self._config.samples.every
-        if self._log_samples and rollout.step // every != self._last_sampled:
-            self._last_sampled = rollout.step // every
+        if self._log_samples and rollout.step // every != self.last_sampled:
+            self.last_sampled = rollout.step // every
             self._log_samples(rollout.step, self._samples(rollout, scores, episode, credited, truth))
 
     def _common(self, scores: Scores) -> dict[str, float]:

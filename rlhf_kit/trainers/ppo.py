@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
@@ -354,6 +355,15 @@ class PpoTrainer(CreditTrainer):
             raise RunError(
                 "DeepSpeed applies a gradient as soon as it is whole, so no part of the policy can rest: write "
                 "critic.warmup_steps: 0, and online.order: before_scoring or num_iterations: 1, or launch without it"
+            )
+
+        rounds = is_deepspeed_zero3_enabled()
+        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
+        if self.config.tools and self.accelerator.num_processes > 1 and (rounds or server):
+            raise RunError(
+                "tools: conversations of different lengths would let processes wait for each other for ever under "
+                "ZeRO-3 and with a vLLM that they share: launch with zero2 or ddp, and write vllm_mode: colocate and "
+                "vllm_tensor_parallel_size: 1"
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

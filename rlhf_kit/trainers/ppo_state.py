@@ -28,6 +28,8 @@ def save_state(trainer: PpoTrainer, folder: Path) -> None:
         "kl_coefficient": trainer.kl_coefficient,
         "skipped_updates": trainer.guard.skipped,
         "evaluations": trainer.evaluations,
+        "last_sampled": trainer.rollout_log.last_sampled,
+        "failures": trainer.scoring.failures,
         "scales": {name: scale.state_dict() for name, scale in trainer.scoring.scales.items()},
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2))
@@ -50,6 +52,8 @@ def load_state(trainer: PpoTrainer, folder: Path) -> None:
     state = json.loads((folder / STATE_FILE).read_text())
     trainer.kl_coefficient = state["kl_coefficient"]
     trainer.guard.skipped = state["skipped_updates"]
+    trainer.rollout_log.last_sampled = state["last_sampled"]
+    trainer.scoring.failures = dict(state["failures"])
     trainer.evaluations = [(step, accuracy) for step, accuracy in state["evaluations"]]
     for name, scale in state["scales"].items():
         trainer.scoring.scales[name].load_state_dict(scale)

@@ -87,7 +87,8 @@ class Ranks:
         if self._accelerator.num_processes == 1:
             return tensor
         if tensor.ndim > 1:
-            tensor = cast(Tensor, self._accelerator.pad_across_processes(tensor, dim=1))
+            # accelerate pads a mask by adding an integer, on the ranks that are shorter alone: dtypes would differ.
+            tensor = cast(Tensor, self._accelerator.pad_across_processes(tensor, dim=1)).to(tensor.dtype)
         return cast(Tensor, self._accelerator.gather(tensor))
 
     def own_rows(self, tensor: Tensor, like: Tensor) -> Tensor:

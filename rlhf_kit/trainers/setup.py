@@ -14,7 +14,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kit.errors import RunError
-from rlhf_kit.trainers.checkpoints import newest_checkpoints
+from rlhf_kit.trainers.checkpoints import newest_checkpoints, write_contents
 
 logger = logging.getLogger(__name__)
 Args = TypeVar("Args", bound=TrainingArguments)
@@ -103,12 +103,24 @@ def train(trainer: Trainer, run: StageRun) -> None:
         )
     without_printing(trainer)
     trainer.add_callback(_StopIfTrained())
+    trainer.add_callback(_ListContents())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except _AlreadyTrained:
         if trainer.args.load_best_model_at_end:
             trainer._load_best_model()
+        log_what_is_left = getattr(trainer, "log_what_is_left", None)
+        if log_what_is_left is not None:
+            log_what_is_left()
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+class _ListContents(TrainerCallback):
+    """Lists what is in a checkpoint, so that a file that is lost later is missed."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_contents(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _AlreadyTrained(Exception):

@@ -8,12 +8,13 @@ PEFT, DeepSpeed) stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
@@ -22,6 +23,7 @@ from trl.trainer.utils import RepeatSampler
 
 from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rollout import Text
+from rlhf_kit.trainers.checkpoints import disown
 from rlhf_kit.trainers.export import KIT_MODULES, without_kit_modules
 
 PROGRESS_FILE = "progress-{rank}.pt"
@@ -76,6 +78,7 @@ class CreditTrainer(GRPOTrainer):
         self._texts: tuple[list[Text], list[Text]] = ([], [])
         self._prepared: Generated | None = None
         self._progress: dict[str, Any] | None = None
+        self._dropping: list[Any] = []
         if self.use_vllm:
             leave_out_kit_modules(self.vllm_generation)
 
@@ -190,10 +193,19 @@ class CreditTrainer(GRPOTrainer):
         if extra is not None:
             loss = loss + extra
         if not self.update_is_sound(loss, None):
-            # The backward must still run on every rank, or the others wait for it for ever.
+            # The backward must still run on every rank, or the others wait for it for ever; its gradients are dropped.
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            loss = torch.stack([(parameter * 0.0).sum() for parameter in trainable]).sum()
+            self._dropping = [parameter.register_hook(torch.zeros_like) for parameter in trainable]
+            loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) * 0.0
         return loss
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            for hook in self._dropping:
+                hook.remove()
+            self._dropping = []
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -222,6 +234,8 @@ class CreditTrainer(GRPOTrainer):
         # Before the rest: the trainer's state is written last, and says that the checkpoint is whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / "kit"
         folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            disown(folder.parent)
         with whole(self.kit_parameters()):
             if self.accelerator.is_main_process:
                 self.save_kit_state(folder)
@@ -248,6 +262,14 @@ class CreditTrainer(GRPOTrainer):
         self._step, self._buffered_inputs = progress["micro_step"], progress["rollout"]
         self._metrics["train"].update(progress["metrics"])
         self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
+
+    def log_what_is_left(self) -> None:
+        """Log what a stage that was stopped behind its last checkpoint would have logged at its end."""
+        if self._progress is not None:
+            self._restore_progress(self._progress)
+            self._progress = None
+            self.model.train()  # TRL logs what belongs to the model's mode
+            self.log({"total_flos": self.state.total_flos})
 
     def _run_epoch(self, *args, epoch, **kwargs):
         self._sampler.set_epoch(epoch)
@@ -333,9 +355,26 @@ def leave_out_kit_modules(generation: Any) -> None:
     named_parameters = generation._iter_named_params
 
     def of_the_policy() -> Iterator[tuple[str, Tensor]]:
-        return ((name, value) for name, value in named_parameters() if not KIT_MODULES.match(name))
+        with base_kept(generation.model):
+            yield from ((name, value) for name, value in named_parameters() if not KIT_MODULES.match(name))
 
     generation._iter_named_params = of_the_policy
+
+
+@contextmanager
+def base_kept(model: nn.Module) -> Iterator[None]:
+    """The base weights below LoRA adapters as they were, bit for bit, once adapters have been merged and unmerged.
+
+    Adding and subtracting in 16 bits leaves rounding errors, and reference and PRM share the base. (Under ZeRO-3 what
+    is merged is a copy.)
+    """
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [weight for layer in layers for weight in layer.parameters() if weight.dtype != torch.float32]
+    before = [weight.detach().to("cpu", copy=True) for weight in weights]
+    yield
+    with torch.no_grad():
+        for weight, value in zip(weights, before, strict=True):
+            weight.copy_(value)
 
 
 def _placeholder(name: str) -> Callable[..., list[float]]:

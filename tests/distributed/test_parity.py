@@ -22,6 +22,10 @@ def prm(**fields: Any) -> dict[str, Any]:
     return {"type": "implicit_prm", "beta": 0.5, "online": {"learning_rate": 1.0, **fields.pop("online", {})}, **fields}
 
 
+def decomposed(**fields: Any) -> dict[str, Any]:
+    return {"type": "decomposed", "segments": {"by": "token"}, "online": {"learning_rate": 1.0}, **fields}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "value head and online PRM": {
         "rewards": [prm()],
@@ -51,10 +55,25 @@ CASES: dict[str, dict[str, Any]] = {
         "accuracy_band": {"low": 0.2, "high": 0.8},
         "truncation": {"policy": "mask"},
     },
+    "completions of other lengths in each process": {
+        "rewards": [prm()],
+        "credit": {"estimator": "gae", "kl": {"coefficient": 0.05}},
+        "args": {"max_completion_length": 32},
+    },
     "bfloat16": {
         "rewards": [prm()],
         "credit": {"estimator": "gae", "kl": {"coefficient": 0.05}},
         "args": {"bf16": True},
+    },
+    "segments that are sampled, with a local signal": {
+        "rewards": [prm(), decomposed(sampled=2, local={"source": "implicit_prm"})],
+        "credit": {"estimator": "prime"},
+    },
+    "LoRA, segments, accumulated": {
+        "model": LORA,
+        "rewards": [decomposed()],
+        "credit": {"estimator": "gae"},
+        "args": {"gradient_accumulation_steps": 2},
     },
     "LoRA, prime, average as reference": {
         "model": LORA,
@@ -80,6 +99,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = [(i % 7, i // 7, 3 * i % 7, 5 * i % 7)[: 2 + i % 3] for i in range(40)]
     file.write_text("".join(json.dumps({"prompt": f"{' '.join(map(str, row))} ="}) + "\n" for row in digits))
     return file
+
+
+BROKEN = "a loss that is not finite in one process"
 
 
 def case(name: str, policy: Path, prompts: Path, processes: int, replay: Path | None = None) -> dict[str, Any]:
@@ -114,7 +136,7 @@ Outcome = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 def outcomes(folder: Path) -> Outcome:
     def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        number = list(CASES).index(name)
+        number = BROKEN if name == BROKEN else list(CASES).index(name)
         return load_file(folder / f"{number}.safetensors"), json.loads((folder / f"{number}.json").read_text())
 
     return read
@@ -130,6 +152,8 @@ def two(
     request: pytest.FixtureRequest, together: Any, small_policy: Path, prompts: Path, one_folder: Path
 ) -> tuple[str, Outcome]:
     cases = [case(name, small_policy, prompts, 2, one_folder) for name in CASES if can_run(name, request.param)]
+    broken = case("value head and online PRM", small_policy, prompts, 2)
+    cases.append({**broken, "name": BROKEN, "nan_at": 1})
     return request.param, outcomes(together(request.param, cases))
 
 
@@ -159,6 +183,17 @@ def test_two_processes_learn_what_one_does(name: str, one: Outcome, two: tuple[s
             assert (found[key] - expected[key]).norm() / size <= update, key
         else:
             torch.testing.assert_close(found[key], expected[key], rtol=0, atol=token, msg=key)
+
+
+def test_processes_may_have_completions_of_other_lengths(two: tuple[str, Outcome]) -> None:
+    first, second = two[1]("completions of other lengths in each process")[1]["widths"]
+    assert first != second  # or the case of that name shows nothing
+
+
+def test_a_loss_that_is_not_finite_in_one_process_breaks_no_weight(two: tuple[str, Outcome]) -> None:
+    moved, facts = two[1](BROKEN)
+    assert facts["steps"] == 3 and facts["skipped"] == 1
+    assert all(value.isfinite().all() and value.norm() > 0 for key, value in moved.items() if key.startswith("moved."))
 
 
 @pytest.mark.parametrize("name", CASES)

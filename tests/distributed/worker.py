@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from transformers import PrinterCallback, set_seed
 
@@ -39,6 +40,15 @@ class Recorded(PpoTrainer):
     recording: Recording
     replays: bool
     seen: dict[str, torch.Tensor]
+    widths: list[int]  # of this rank's rollouts, in tokens
+    nan_at: int | None  # the micro-step in which the last rank's loss is not finite
+
+    def auxiliary_loss(self, output: Any, batch: Any) -> torch.Tensor | None:
+        loss = super().auxiliary_loss(output, batch)
+        last = self.accelerator.process_index == self.accelerator.num_processes - 1
+        if loss is not None and last and self.micro_step == self.nan_at:
+            loss = loss * torch.nan
+        return loss
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         keys = [" ".join(map(str, ids)) for ids in prompt_ids]
@@ -55,10 +65,11 @@ class Recorded(PpoTrainer):
 
 def keep_what_is_assigned(trainer: Recorded) -> None:
     """Put the rewards, advantages and returns of all ranks into `trainer.seen`, rollout by rollout."""
-    write, trainer.seen = trainer.rollout_log.write, {}
+    write, trainer.seen, trainer.widths = trainer.rollout_log.write, {}, []
 
     def keep(*args: Any) -> None:
-        _, _, _, weighted, _, credited = args
+        _, rollout, _, weighted, _, credited = args
+        trainer.widths.append(rollout.action_mask.shape[1])
         number = sum(name.endswith(".advantages") for name in trainer.seen)
         kept = {source.name: source.tokens for source in weighted} | {"advantages": credited.advantages}
         kept |= {} if credited.returns is None else {"returns": credited.returns}
@@ -101,7 +112,7 @@ def run(case: dict[str, Any], out: Path) -> None:
         functions={"odd": odd},
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.replays = "replay" in case
+    trainer.replays, trainer.nan_at = "replay" in case, case.get("nan_at")
     trainer.recording = json.loads(Path(case["replay"]).read_text()) if trainer.replays else []
     keep_what_is_assigned(trainer)
     for update in trainer.scoring.online.values():  # as the policy's: Adam makes noise of gradients that are almost 0
@@ -110,6 +121,7 @@ def run(case: dict[str, Any], out: Path) -> None:
     before = snapshot(learning)
     trainer.train()
     after = snapshot(learning)
+    widths = gather_object([trainer.widths])
     if trainer.accelerator.is_main_process:
         moved = {f"moved.{name}": after[name] - before[name] for name in after}
         save_file({**trainer.seen, **moved}, out / f"{case['name']}.safetensors")
@@ -120,6 +132,8 @@ def run(case: dict[str, Any], out: Path) -> None:
             "distributed_type": trainer.accelerator.distributed_type.value,
             "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
             "steps": trainer.state.global_step,
+            "widths": widths,
+            "skipped": trainer.guard.skipped,
             "logs": [entry for entry in trainer.state.log_history if "reward" in entry],
             "checkpointing": trainer.args.gradient_checkpointing,
         }

@@ -26,6 +26,7 @@ METHODS = {
     "scoring": "assign_credit",
     "micro_step": "training_step",
     "update": "_get_grad_norm",
+    "end": "_finalize_training",
 }
 
 

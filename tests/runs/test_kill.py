@@ -19,11 +19,21 @@ from rlhf_kit.runs.metrics import read_metrics, read_samples
 
 DRIVER = Path(__file__).parent / "driver.py"
 ROOT = Path(__file__).parents[2]
-UPDATES = 11
+UPDATES = 11  # no multiple of logging_steps or save_steps
 CLOCK = ("time", "step_time", "profiling", "train_")  # of the machine, or of the last attempt alone
 
+DECOMPOSED = {
+    "type": "decomposed",
+    "segments": {"by": "token"},
+    "sampled": 2,
+    "local": {"source": "implicit_prm"},
+    "online": {"learning_rate": 1e-2},
+}
 RECIPES = {
-    "gae": {"credit": {"estimator": "gae", "kl": {"coefficient": 0.05, "target": 1.0, "adaptation_horizon": 100}}},
+    "gae": {
+        "credit": {"estimator": "gae", "kl": {"coefficient": 0.05, "target": 1.0, "adaptation_horizon": 100}},
+        "more": [DECOMPOSED],
+    },
     "prime": {
         "credit": {"estimator": "prime"},
         "prm": {"reference": "ema", "online": {"learning_rate": 1e-3}, "normalize": "running"},
@@ -51,9 +61,9 @@ def recipe(kind: str, policy: Path, folder: Path) -> Path:
         "data": {"type": "running_sums", "size": 8, "terms": 2, "modulus": 5},
         "eval_data": {"type": "running_sums", "size": 4, "terms": 2, "modulus": 5, "seed": 1},
         "evaluation": {"verifier": "exact", "max_new_tokens": 4, "batch_size": 4},
-        "rewards": [{"type": "verifier", "verifier": "exact"}, prm],
+        "rewards": [{"type": "verifier", "verifier": "exact"}, prm, *fields.get("more", [])],
         "credit": fields["credit"],
-        "samples": {"every": 2, "count": 2},
+        "samples": {"every": 4, "count": 2},
         "trainer": {
             "args": {
                 "per_device_train_batch_size": 4,
@@ -130,6 +140,7 @@ DEATHS = {
     "in the middle of an accumulation": ("micro_step", 16),
     "between two updates of a rollout": ("micro_step", 19),
     "in the last update": ("update", UPDATES),
+    "behind the last checkpoint": ("end", 1),
 }
 
 

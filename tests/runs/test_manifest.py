@@ -92,9 +92,9 @@ class TestRun:
     def test_says_what_was_started_and_on_what(self, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["rlhf-kit", "train", "recipe.yaml", "seed=1"])
         begun = time.time()
-        described = describe_run(recipe, world_size=4)
+        described = describe_run(recipe)
         assert begun <= described["created"] <= time.time()
-        assert (described["name"], described["world_size"]) == ("demo", 4)
+        assert described["name"] == "demo"
         assert described["command"] == "rlhf-kit train recipe.yaml seed=1"
         versions = described["versions"]
         assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -114,9 +114,9 @@ class TestRun:
         git("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false", "commit", "--quiet", "-m", "one")
         commit = git("rev-parse", "HEAD")
         (repository / "untracked").write_text("")
-        assert describe_run(recipe, 1)["git_commit"] == commit
+        assert describe_run(recipe)["git_commit"] == commit
         (repository / "file").write_text("second")
-        assert describe_run(recipe, 1)["git_commit"] == f"{commit}+"
+        assert describe_run(recipe)["git_commit"] == f"{commit}+"
 
     @pytest.mark.parametrize("git_is_installed", [True, False])
     def test_without_a_repository_or_git_there_is_no_commit(
@@ -126,7 +126,7 @@ class TestRun:
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         if not git_is_installed:
             monkeypatch.setenv("PATH", str(tmp_path))
-        assert describe_run(recipe, 1)["git_commit"] is None
+        assert describe_run(recipe)["git_commit"] is None
 
 
 class TestStage:

@@ -359,15 +359,23 @@ def test_a_stage_that_has_begun_needs_as_many_processes_again(tmp_path: Path, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError) as caught:
         run(recipe, untouchable)
-    assert "stage 'ppo' was begun with 1 processes and cannot go on with 2" in str(caught.value)
+    assert "stage 'ppo' was begun with 1 process (data parallel) and cannot go on with 2 processes" in str(caught.value)
     assert str(recipe.run_folder / "ppo" / "checkpoints") in str(caught.value)
     assert files(recipe.run_folder) == before
+
+
+def test_a_stage_that_has_begun_needs_the_same_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = interrupted(tmp_path, 3)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(RunError, match=r"begun with 1 process \(data parallel\) and cannot .* 1 process \(ZeRO-2\)"):
+        run(recipe, untouchable)
 
 
 def test_between_stages_the_number_of_processes_may_change(tmp_path: Path) -> None:
     recipe = interrupted(tmp_path, 3)
     write_manifest(recipe.run_folder, world_size=2)  # as a run of two processes would have left it
-    with pytest.raises(RunError, match="stage 'ppo' was begun with 2 processes and cannot go on with 1"):
+    with pytest.raises(RunError, match=r"was begun with 2 processes .* and cannot go on with 1 process "):
         run(recipe, untouchable)
     shutil.rmtree(recipe.run_folder / "ppo" / "checkpoints")  # the remedy that the message names
     assert run(recipe)["ppo"]["updates"] == UPDATES
@@ -423,6 +431,7 @@ def test_a_second_launch_into_the_folder_is_refused_and_a_crash_leaves_no_lock(t
         ("optimizer.pt", "cut"),
         ("kit/progress-0.pt", "cut"),
         ("trainer_state.json", "cut"),
+        ("optimizer.pt", "gone"),
         ("trainer_state.json", "gone"),  # it is written last: without it, anything else may be missing
     ],
 )

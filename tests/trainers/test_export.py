@@ -23,6 +23,7 @@ from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.trainers.export import without_kit_modules, write_model, write_prm_record
 from rlhf_kit.trainers.trl_compat import leave_out_kit_modules
 
+REWARDS = [{"type": "verifier", "verifier": "exact"}]
 IDS = torch.tensor([[4, 5, 9, 6]])
 
 
@@ -137,6 +138,16 @@ class RecordingVllm:
         pass
 
 
+def connected(trainer: Any) -> Any:
+    """TRL's path from a trainer to vLLM, without vLLM, whose construction needs it."""
+    generation: Any = object.__new__(VLLMGeneration)
+    generation.model, generation.accelerator, generation.llm = trainer.model, trainer.accelerator, RecordingVllm()
+    generation.mode, generation.enable_sleep_mode = "colocate", False
+    generation._dist = DistributedBackend(trainer.accelerator)
+    leave_out_kit_modules(generation)
+    return generation
+
+
 @pytest.mark.parametrize("peft", [None, {"type": "lora", "r": 2}], ids=["whole", "lora"])
 def test_vllm_is_sent_the_policy_alone(peft: Any, build: Any, policy_path: str) -> None:
     trainer = build(
@@ -147,11 +158,19 @@ def test_vllm_is_sent_the_policy_alone(peft: Any, build: Any, policy_path: str) 
         credit={"estimator": "gae"},
         model={"peft": peft},
     )
-    generation = object.__new__(VLLMGeneration)  # whose construction needs vLLM
-    generation.model, generation.accelerator, generation.llm = trainer.model, trainer.accelerator, RecordingVllm()
-    generation.mode, generation.enable_sleep_mode = "colocate", False
-    generation._dist = DistributedBackend(trainer.accelerator)
-    leave_out_kit_modules(generation)
+    generation = connected(trainer)
     generation.sync_weights()
     policy = AutoModelForCausalLM.from_pretrained(policy_path)
     assert sorted(generation.llm.sent) == sorted(name for name, _ in policy.named_parameters())
+
+
+def test_the_shared_base_does_not_drift_while_adapters_are_merged_for_vllm(build: Any) -> None:
+    trainer = build(
+        credit={"estimator": "rloo"}, model={"peft": {"type": "lora", "r": 2}, "dtype": "bfloat16"}, rewards=REWARDS
+    )
+    generation = connected(trainer)
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
+    for seed in range(5):
+        disturb(trainer.model, "default", seed)
+        generation.sync_weights()
+    assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if "lora_" not in n)
