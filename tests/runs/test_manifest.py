@@ -53,7 +53,7 @@ def recipe(tmp_path: Path) -> Recipe:
     """A pipeline that reads a data file and a base model of two files of weights."""
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "base").mkdir()
-    for name, content in (("b.safetensors", b"two"), ("a.safetensors", b"one"), ("config.json", b"{}")):
+    for name, content in (("b.safetensors", b"two"), ("a.safetensors", b"one"), ("config.json", b"{}"), ("README.md", b"")):
         (tmp_path / "base" / name).write_bytes(content)
     file = tmp_path / "recipe.yaml"
     file.write_text(PIPELINE.format(folder=tmp_path))
@@ -135,7 +135,7 @@ class TestStage:
         assert described["parents"] == []
         assert described["inputs"] == {
             "data.path": sha256(b'{"prompt": "a", "completion": "b"}\n'),
-            "model.path": sha256(b"onetwo"),  # the files of weights in the order of their names, and no other
+            "model.path": sha256(b"onetwo{}"),  # weights and configuration in the order of their names, and no other
         }
 
     def test_one_changed_byte_gives_another(self, recipe: Recipe, tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ class TestStage:
 
     @pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin"])
     def test_weights_of_other_formats_have_theirs(self, recipe: Recipe, tmp_path: Path, name: str) -> None:
-        for weights in (tmp_path / "base").glob("*.safetensors"):
-            weights.unlink()
+        for file in (tmp_path / "base").iterdir():
+            file.unlink()
         (tmp_path / "base" / name).write_bytes(b"weights")
         assert describe_stage(recipe, "sft")["inputs"]["model.path"] == sha256(b"weights")
 

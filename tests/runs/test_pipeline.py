@@ -398,11 +398,12 @@ def test_an_interrupted_stage_takes_its_bar_off_the_terminal(tmp_path: Path, mon
     assert shown.count(hide) == shown.count(show) == 2  # of both stages
 
 
-def test_other_inputs_in_the_middle_of_a_stage_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_other_inputs_in_the_middle_of_a_stage_are_refused(name: str, tmp_path: Path) -> None:
     recipe = interrupted(tmp_path, 3)
-    model = recipe.stage_folder("sft") / "model" / "model.safetensors"
+    model = recipe.stage_folder("sft") / "model" / name
     before = model.read_bytes()
-    model.write_bytes(before[:-4] + bytes(4))
+    model.write_bytes(before[:-4] + b"    ")
     with pytest.raises(RunError, match=r"stage 'ppo' was begun with other contents of model\.path"):
         run(recipe, untouchable)
     model.write_bytes(before)  # the remedy that the message names
