@@ -1,0 +1,221 @@
+"""A judge behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from rlhf_kit.config import Config, Location
+from rlhf_kit.judges.base import Answer, Judge, Question
+from rlhf_kit.judges.cache import AnswerCache, request_key
+from rlhf_kit.judges.usage import Budget, Usage
+from rlhf_kit.problems import Problem
+from rlhf_kit.redact import is_secret
+
+if TYPE_CHECKING:
+    from rlhf_kit.judges.client import Asking, ChatClient
+    from rlhf_kit.models.in_process import PolicyContext
+
+logger = logging.getLogger(__name__)
+SHOWN_ERRORS = 3
+
+
+class Server(Config):
+    """Any server with OpenAI's chat completions, such as vLLM, llama.cpp, `transformers serve` or OpenAI's own.
+
+    A request takes at most `timeout` seconds, a question at most `attempts` requests; time-outs, broken connections,
+    429 and 5xx are tried again, after what Retry-After asks for or exponential backoff with jitter. With a `cache`
+    every answer is recorded in this file (SQLite, on a disk of this machine), and a question that was asked before, of
+    the same model with the same messages, sampling and schema, gets the answer on record; with `replay_only` no other
+    question is asked. `structured` holds the model to JSON: to the question's schema, to any object, or by the prompt
+    alone; `auto` takes the first of these that the server accepts. `temperature` and `max_tokens` may be null, to send
+    none; `extra_body` is added to every request.
+    """
+
+    type: Literal["server"]
+    base_url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: PositiveInt = 16
+    timeout: PositiveFloat = 60.0
+    attempts: PositiveInt = 4
+    budget: Budget = Budget()
+    cache: Location | None = None
+    replay_only: bool = False
+    temperature: NonNegativeFloat | None = 0.0
+    max_tokens: PositiveInt | None = 512
+    top_logprobs: Annotated[int, Field(ge=2)] = 20
+    structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot work."""
+        if "@" in self.base_url:
+            yield Problem("base_url", "holds a secret", remedy="put the key into the environment variable api_key_env")
+        elif not _is_address(self.base_url):
+            yield Problem("base_url", "is no http(s) address", self.base_url, "such as http://127.0.0.1:8000/v1")
+        for name in self.extra_body:
+            if is_secret(name):
+                yield Problem(
+                    f"extra_body.{name}", "is a secret", remedy="put it into the environment variable api_key_env"
+                )
+        if self.replay_only and self.cache is None:
+            yield Problem("cache", "replay_only answers from a cache, and there is none", remedy="name its file")
+        if self.budget.cost is not None and not (self.budget.prompt_price or self.budget.completion_price):
+            yield Problem(
+                "budget.cost",
+                "without prices everything costs 0",
+                self.budget.cost,
+                "write budget.prompt_price and completion_price, per million tokens",
+            )
+
+    def files(self) -> Iterator[tuple[str, str, bool]]:
+        """Nothing that must be there; the cache may be made."""
+        return iter(())
+
+    def build(self, context: PolicyContext | None = None) -> ServerJudge:
+        """The judge.
+
+        Raises:
+            RunError: its cache cannot be opened.
+        """
+        return ServerJudge(self)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.netloc)
+
+
+class ServerJudge(Judge):
+    """Asks the server in the background; of identical questions at the same time only one is sent."""
+
+    def __init__(self, config: Server) -> None:
+        self._config = config
+        self._usage = Usage(config.budget, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        self._cache = None if config.cache is None else AnswerCache(Path(config.cache))
+        self._client: ChatClient | None = None
+        if not config.replay_only:
+            from rlhf_kit.judges.client import ChatClient
+
+            key = os.environ.get(config.api_key_env, "").strip()  # a line end from a file is no part of it
+            self._client = ChatClient(config, key or None, self._usage)
+        self._in_flight: dict[bytes, Future[Answer]] = {}
+
+    def ask(self, questions: Sequence[Question]) -> Callable[[], list[Answer]]:
+        """Send what is not on record, and return at once; the result waits for it."""
+        questions = list(questions)
+        bodies = [self._body(question) for question in questions]
+        keys = [self._key(question, body) for question, body in zip(questions, bodies, strict=True)]
+        # First what is in flight, then what is on record: what arrives in between is recorded before it has landed.
+        open_answers = {key: future for key in keys if (future := self._in_flight.get(key)) is not None}
+        known = self._recorded([key for key in dict.fromkeys(keys) if key not in open_answers])
+        asked = self._send(questions, bodies, keys, known, open_answers)
+        self._usage.add(cached=len(keys) - asked)
+        return lambda: self._wait([known.get(key) or open_answers[key] for key in keys])
+
+    def metrics(self) -> dict[str, float]:
+        """Requests and what they used (`calls`, `retried`, tokens, `cost`), questions that no request was made for
+        (`cached`) or that have no answer (`failed`), and the seconds `waited`."""
+        return self._usage.take()
+
+    def _body(self, question: Question) -> dict[str, Any]:
+        """The request, but for the response format."""
+        config = self._config
+        body = {
+            "model": config.model,
+            "messages": [dict(message) for message in question.messages],
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+        }
+        if question.choices:
+            body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": config.top_logprobs}
+        body = {name: value for name, value in body.items() if value is not None}
+        return body | ({"extra_body": config.extra_body} if config.extra_body else {})
+
+    def _key(self, question: Question, body: Mapping[str, Any]) -> bytes:
+        """Not of the address: a server may move. Of `structured` as the recipe has it: what `auto` finds may change."""
+        asked = {"schema": question.schema, "choices": list(question.choices), "structured": self._config.structured}
+        return request_key({**body, **asked})
+
+    def _recorded(self, keys: Sequence[bytes]) -> dict[bytes, Answer]:
+        if self._cache is None:
+            return {}
+        try:
+            return self._cache.get(keys)
+        except sqlite3.Error as error:
+            logger.warning("cannot read the judge's cache '%s': %s", self._config.cache, error)
+            return {}
+
+    def _send(
+        self,
+        questions: Sequence[Question],
+        bodies: Sequence[Mapping[str, Any]],
+        keys: Sequence[bytes],
+        known: dict[bytes, Answer],
+        open_answers: dict[bytes, Future[Answer]],
+    ) -> int:
+        """Send the questions that are neither known nor open, each once; how many those are."""
+        asked, asking = 0, None
+        for question, body, key in zip(questions, bodies, keys, strict=True):
+            if key in known or key in open_answers:
+                continue
+            asked += 1
+            if self._client is None:
+                error = f"the answer is not on record in '{self._config.cache}', and replay_only asks no server"
+                known[key] = Answer(error=error)
+                continue
+            if asking is None:
+                from rlhf_kit.judges.client import Asking
+
+                asking = Asking()
+            open_answers[key] = self._begin(self._client, question, body, key, asking)
+        return asked
+
+    def _begin(
+        self, client: ChatClient, question: Question, body: Mapping[str, Any], key: bytes, asking: Asking
+    ) -> Future[Answer]:
+        from rlhf_kit.judges.client import background_loop
+
+        future = asyncio.run_coroutine_threadsafe(self._answer(client, question, body, key, asking), background_loop())
+        self._in_flight[key] = future
+        future.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        return future
+
+    async def _answer(
+        self, client: ChatClient, question: Question, body: Mapping[str, Any], key: bytes, asking: Asking
+    ) -> Answer:
+        """Ask, and record the answer; an error is never recorded."""
+        answer = await client.answer(question, body, asking)
+        if answer.error is not None or self._cache is None:
+            return answer
+        try:
+            return await asyncio.to_thread(self._cache.put, key, answer)
+        except sqlite3.Error as error:
+            logger.warning("cannot record an answer in the judge's cache '%s': %s", self._config.cache, error)
+            return answer
+
+    def _wait(self, answers: Sequence[Answer | Future[Answer]]) -> list[Answer]:
+        start = time.perf_counter()
+        settled = [answer.result() if isinstance(answer, Future) else answer for answer in answers]
+        errors = Counter(answer.error for answer in settled if answer.error is not None)
+        self._usage.add(waited=time.perf_counter() - start, failed=errors.total())
+        if errors:
+            said = "; ".join(f"{error} ({count} times)" for error, count in errors.most_common(SHOWN_ERRORS))
+            failed = f"{errors.total()} of {len(settled)} questions"
+            logger.warning("judge %s: %s have no answer: %s", self._config.model, failed, said)
+        return settled
