@@ -16,12 +16,12 @@ from rlhf_kit.recipe_yaml import REFERENCE, apply_overrides, read_mapping, refer
 from rlhf_kit.runs.config import OUTPUTS, Recipe
 from rlhf_kit.trainers.args import check_args, config_class
 from rlhf_kit.trainers.argument_source import arguments
-from rlhf_kit.trainers.config import Ppo, Reward, Sft, StageConfig
+from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Sft, StageConfig
 
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 TOP_KEYS = ("name", "runs_dir", "seed")
-STAGE_CLASSES = {"sft": Sft, "reward": Reward, "ppo": Ppo}
+STAGE_CLASSES = {"sft": Sft, "reward": Reward, "segment": Segment, "preference": Preference, "ppo": Ppo}
 ALL_OUTPUTS = tuple(dict.fromkeys(output for outputs in OUTPUTS.values() for output in outputs))
 
 
@@ -186,9 +186,14 @@ def _with_checked_args(stage: Any, seed: Any) -> tuple[Any, list[Problem]]:
     args = trainer.get("args", {}) if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(args, dict):
         return stage, []
-    checked, problems = check_args(stage["type"], str(stage.get("objective", "ce")), args)
+    checked, problems = check_args(stage["type"], _objective(stage), args)
     seeded = {**checked, "seed": seed} if "seed" not in checked and type(seed) is int else checked
     return {**stage, "trainer": {**trainer, "args": seeded}}, problems
+
+
+def _objective(stage: Mapping[str, Any]) -> str:
+    objective = stage.get("objective", "ce")
+    return str(objective.get("type") if isinstance(objective, Mapping) else objective)
 
 
 def _hint_at_args(problem: Problem, stages: Mapping[str, Any]) -> Problem:
@@ -196,7 +201,7 @@ def _hint_at_args(problem: Problem, stages: Mapping[str, Any]) -> Problem:
     stage, *rest = problem.path.removeprefix("stages.").split(".")
     if problem.message != "unknown key" or stage not in stages or rest[:-1] not in ([], ["trainer"]):
         return problem
-    config = config_class(stages[stage]["type"], str(stages[stage].get("objective", "ce")))
+    config = config_class(stages[stage]["type"], _objective(stages[stage]))
     if rest[-1] not in arguments(config):
         return problem
     return replace(problem, remedy=f"it is an argument of {config}: write trainer.args.{rest[-1]}")

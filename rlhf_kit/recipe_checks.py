@@ -11,17 +11,26 @@ from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf_kit.data.config import Gsm8kSolutions, Jsonl, Parquet, ReasoningGym, RunningSums, Sampled, ToolArithmetic
+from rlhf_kit.data.config import (
+    Gsm8kSolutions,
+    Jsonl,
+    Parquet,
+    Perturbed,
+    QaFeedback,
+    ReasoningGym,
+    RunningSums,
+    Sampled,
+    ToolArithmetic,
+    ToxicSpans,
+)
 from rlhf_kit.data.files import is_address
 from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Scratch
-from rlhf_kit.problems import Problem, RecipeError
+from rlhf_kit.problems import Problem, RecipeError, listed
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.rewards.turns import TurnsConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, check_batch
-from rlhf_kit.trainers.config import Ppo, Reward, Sft
-
-Stage = Sft | Reward | Ppo
+from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Stage
 
 GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 PROCESS_ESTIMATORS = ("prime", "min_form")
@@ -35,6 +44,8 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
     problems += _arguments(stage)
     if isinstance(stage, Reward):
         problems += _reward(stage)
+    if isinstance(stage, Segment):
+        problems += _segment(stage)
     if isinstance(stage, Ppo):
         problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
         problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage), *_patterns(stage)]
@@ -229,8 +240,36 @@ def _reward(stage: Reward) -> Iterator[Problem]:
         yield Problem("offset", f"is never used by objective {stage.objective}", stage.offset, "write none, or use ce")
 
 
+def _segment(stage: Segment) -> Iterator[Problem]:
+    yield from (problem.under("segments") for problem in stage.segments.problems())
+    if stage.segments.by == "turn":
+        remedy = "write completion, and by: turn in the segments of the source that uses the model"
+        yield Problem("segments.by", "a text to learn from is one turn", "turn", remedy)
+    if "none" in stage.classes:
+        yield Problem("labels", "none is the class of what no span marks", "none", "give it another name")
+    if isinstance(stage.class_weights, dict):
+        for name in stage.class_weights:
+            if name not in ("none", *stage.classes):
+                remedy = f"the classes are none, {listed(stage.classes)}"
+                yield Problem(f"class_weights.{name}", "there is no such class", remedy=remedy)
+    if stage.prompt_template is not None and "{prompt}" not in stage.prompt_template:
+        remedy = "write {prompt} where it goes, or remove it"
+        yield Problem("prompt_template", "does not say where the {prompt} goes", stage.prompt_template, remedy)
+    if stage.model.gguf_file is not None:
+        remedy = "give a folder or hub id with safetensors"
+        yield Problem("model.gguf_file", "is no classifier's format", stage.model.gguf_file, remedy)
+    for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+        if isinstance(data, QaFeedback) and data.paired:
+            yield Problem(f"{path}.paired", "pairs have no spans", True, "write false")
+
+
 def _data(stage: Stage) -> Iterator[Problem]:
-    if not isinstance(stage, Reward):
+    if not isinstance(stage, Segment):
+        for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+            if isinstance(data, Perturbed):
+                what = f"annotated texts are for segment stages, this one is {stage.type}"
+                yield Problem(f"{path}.type", what, "perturbed", "name the texts' own data type")
+    if not isinstance(stage, Reward | Segment | Preference):
         for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
             if isinstance(data, Sampled):
                 what = f"labelled samples are for reward stages, this one is {stage.type}"
@@ -285,17 +324,18 @@ def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
         if isinstance(data, Sampled):
             yield f"{field}.model", data.model, True
             field, data = f"{field}.prompts", data.prompts
-        if isinstance(data, Jsonl | Parquet | Gsm8kSolutions):
+        if isinstance(data, Perturbed):
+            field, data = f"{field}.texts", data.texts
+        if isinstance(data, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
             yield f"{field}.path", data.path, False
     if not isinstance(stage.model, Scratch):
         yield "model.path", stage.model.path, True
         if stage.model.tokenizer:
             yield "model.tokenizer", stage.model.tokenizer, True
-    if isinstance(stage, Reward):
-        if stage.reference:
-            yield "reference.path", stage.reference.path, True
-        if stage.step_evaluation:
-            yield "step_evaluation.path", stage.step_evaluation.path, False
+    if isinstance(stage, Reward | Preference) and stage.reference:
+        yield "reference.path", stage.reference.path, True
+    if isinstance(stage, Reward) and stage.step_evaluation:
+        yield "step_evaluation.path", stage.step_evaluation.path, False
     if isinstance(stage, Ppo):
         for index, source in enumerate(stage.rewards):
             yield from ((f"rewards.{index}.{field}", value, is_model) for field, value, is_model in source.files())

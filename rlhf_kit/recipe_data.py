@@ -13,20 +13,24 @@ from rlhf_kit.data.config import (
     DataConfig,
     Gsm8kSolutions,
     Jsonl,
+    Marketplace,
     Parquet,
+    Perturbed,
+    QaFeedback,
     ReasoningGym,
     RunningSums,
     Sampled,
     ToolArithmetic,
+    ToxicSpans,
 )
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.trainers.config import Ppo, Reward, Sft
+from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Sft, Stage
 
 LARGEST_FILE = 64 * 2**20  # bytes; a larger one is read when its stage begins
-VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reasoning_gym_entry"}
+VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reasoning_gym_entry", "marketplace": "has"}
 
 
 def check_data(recipe: Recipe, source: object) -> None:
@@ -66,13 +70,21 @@ def _columns(config: DataConfig) -> tuple[str, ...] | Problem:
     """The columns of a data set, none where it is not at hand; or what is wrong with it."""
     if isinstance(config, RunningSums):
         return _running_sums_problem(config) or ()
-    if isinstance(config, Jsonl | Parquet | Gsm8kSolutions):
+    if isinstance(config, Perturbed):
+        columns = _columns(config.texts)
+        if isinstance(columns, Problem):
+            return columns.under("texts")
+        if columns and config.column not in columns:
+            remedy = f"the columns are {listed(columns)}"
+            return Problem("column", "there is no such column to edit", config.column, remedy)
+        return ("prompt", "text", "spans", "edit") if columns else ()
+    if isinstance(config, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
         path = Path(config.path)
         if not path.is_file() or path.stat().st_size > LARGEST_FILE:
             return ()
     elif isinstance(config, ReasoningGym):
         config = config.model_copy(update={"size": 1, "skip": 0, "limit": None})
-    elif not isinstance(config, ToolArithmetic):
+    elif not isinstance(config, ToolArithmetic | Marketplace):
         return ()
     from rlhf_kit.data.load import load_data
 
@@ -96,7 +108,7 @@ def _running_sums_problem(config: RunningSums) -> Problem | None:
     return Problem("size", what, size, f"write at most {problems}, or raise terms, modulus or largest")
 
 
-def _functions(stage: Sft | Reward | Ppo) -> Iterator[Problem]:
+def _functions(stage: Stage) -> Iterator[Problem]:
     """Reward functions that are no entry points; from Python they could be passed by name."""
     known = sorted(entry_points(group=ENTRY_POINTS).names)
     for index, source in enumerate(stage.rewards if isinstance(stage, Ppo) else ()):
@@ -107,12 +119,12 @@ def _functions(stage: Sft | Reward | Ppo) -> Iterator[Problem]:
             yield Problem(f"rewards.{index}.function", what, source.function, remedy)
 
 
-def _needs(stage: Sft | Reward | Ppo) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
+def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
     """Every data set of a stage: its field, its configuration, and who reads which of its columns."""
     yield from _prompts_of("data", stage.data, _read_in_training(stage))
     if stage.eval_data is None:
         return
-    if isinstance(stage, Reward):
+    if isinstance(stage, Reward | Segment | Preference):
         yield from _prompts_of("eval_data", stage.eval_data, _read_in_training(stage))
     else:
         verifier = stage.evaluation and stage.evaluation.verifier
@@ -129,12 +141,16 @@ def _prompts_of(
         yield field, config, needed
 
 
-def _read_in_training(stage: Sft | Reward | Ppo) -> dict[str, str]:
+def _read_in_training(stage: Stage) -> dict[str, str]:
     if isinstance(stage, Sft):
         return {"completion": "sft"}
+    if isinstance(stage, Segment):
+        return {"text": "segment", "spans": "segment"}
     if isinstance(stage, Reward):
         columns = ("chosen", "rejected") if stage.objective in ("dpo", "nca") else ("completion", "label")
         return dict.fromkeys(columns, f"objective {stage.objective}")
+    if isinstance(stage, Preference):
+        return dict.fromkeys(stage.objective.columns_read, f"objective {stage.objective.type}")
     verifiers = [source.verifier for source in stage.rewards if isinstance(source, VerifierConfig)]
     needed = {VERIFIER_COLUMN[verifier]: f"verifier {verifier}" for verifier in verifiers}
     return {**needed, **({stage.step_truth.column: "step_truth"} if stage.step_truth else {})}

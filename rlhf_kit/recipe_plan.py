@@ -10,9 +10,8 @@ from rlhf_kit.rewards.config import Schedule
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, config_class
-from rlhf_kit.trainers.config import Critic, Ppo, Reward, Sft
+from rlhf_kit.trainers.config import Critic, Ppo, Preference, Reward, Segment, Sft, Stage
 
-Stage = Sft | Reward | Ppo
 Section = tuple[str, list[tuple[str, str]]]
 
 
@@ -35,6 +34,10 @@ def _rows(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
         objective, config = stage.objective, config_class(stage.type, stage.objective)
         offset = "" if stage.offset == "none" else f", {stage.offset} offset"
         yield "objective", f"{objective}, beta {stage.beta:g}{offset} ({config})"
+    if isinstance(stage, Preference):
+        yield "objective", f"{stage.objective.type} ({config_class(stage.type, stage.objective.type)})"
+    if isinstance(stage, Segment):
+        yield "segments", f"{stage.segments.by}: {', '.join(stage.classes)}, or none"
     if isinstance(stage, Ppo):
         for source in stage.rewards:
             yield "reward", _source(source)
@@ -52,6 +55,8 @@ def _model(model: Any) -> str:
 def _data(data: Any) -> str:
     if data.type == "sampled":
         return f"{data.num_generations} samples of {data.model} a prompt of {_data(data.prompts)}"
+    if data.type == "perturbed":
+        return f"{data.per_text} edited versions a text of {_data(data.texts)}"
     where = getattr(data, "path", None) or getattr(data, "task", None)
     size = f"{data.size} rows" if hasattr(data, "size") else ""
     part = f"at most {data.limit}" if data.limit else ""

@@ -9,9 +9,7 @@ from rlhf_kit.models.config import Pretrained
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig, read_prm_record
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.trainers.config import Credit, Ppo, Reward, Sft
-
-Stage = Sft | Reward | Ppo
+from rlhf_kit.trainers.config import Credit, Ppo, Stage
 
 SMALLEST_RATE_OF_NARROW_WEIGHTS = 1e-4
 BITSANDBYTES_OPTIMIZERS = (

@@ -73,6 +73,31 @@ class Gsm8kSolutions(DataBase):
     calculator_annotations: bool = False
 
 
+class ToxicSpans(DataBase):
+    """The CSV of SemEval-2021 task 5: posts whose toxic characters people have marked.
+
+    Rows become `prompt, text, spans`, with an empty prompt and the label `toxic`.
+    """
+
+    type: Literal["toxic_spans"]
+    path: Location
+
+
+class QaFeedback(DataBase):
+    """Fine-Grained RLHF's `dev_feedback.json` (arXiv 2306.01693): answers whose errors people have marked.
+
+    Rows become `prompt, text, spans`, one a question; information that an answer lacks is a span over all of it. With
+    `paired`, `prompt, chosen, rejected` for each two predictions of which one was preferred. `passages` is how
+    many sentences of what the answer should rest on stand before the question: those that share most words with it.
+    `shuffle_seed`, `skip` and `limit` count questions, so that none lies on both sides of a split.
+    """
+
+    type: Literal["qa_feedback"]
+    path: Location
+    passages: NonNegativeInt = 0
+    paired: bool = False
+
+
 class RunningSums(DataBase):
     """Generated multi-step arithmetic: `terms` numbers from 1 to `largest` are added one by one modulo `modulus`.
 
@@ -99,6 +124,25 @@ class ToolArithmetic(DataBase):
     size: PositiveInt
     terms: PositiveInt = 2
     largest: Annotated[int, Field(ge=1, le=49)] = 20
+    seed: int = 0
+
+
+class Marketplace(DataBase):
+    """Generated markets with a consultant, who alone knows which option has what the customer needs.
+
+    See `rlhf_kit.data.marketplace`: options have a feature with probability `base_rate`, the consultant's data sheet
+    knows so with probability `visible`, and the completions of supervised training say what it says with probability
+    `honesty` a claim. `style: words` has a closed vocabulary, `prose` is English.
+    """
+
+    type: Literal["marketplace"]
+    size: PositiveInt
+    options: Annotated[int, Field(ge=2, le=5)] = 3
+    features: Annotated[int, Field(ge=1, le=8)] = 3
+    base_rate: Annotated[float, Field(ge=0, le=1)] = 0.3
+    visible: Annotated[float, Field(ge=0, le=1)] = 0.8
+    honesty: Annotated[float, Field(ge=0, le=1)] = 0.5
+    style: Literal["words", "prose"] = "words"
     seed: int = 0
 
 
@@ -133,11 +177,57 @@ class Sampled(DataBase):
     seed: int = 0
 
 
+Edit = Literal["number", "entity", "word", "negate", "delete", "duplicate"]
+
+
+class Perturbed(DataBase):
+    """Hard negatives made by editing texts, with labels from the diff (TLDR, arXiv 2410.04734).
+
+    Each of `texts` gives itself without a span (unless `originals: false`) and `per_text` edited versions, whose
+    changed words are spans labelled by the kind of edit: another number, a name or a word from another row, a
+    negation, a deleted or a repeated stretch. `column` of the rows is what is edited. Split by the
+    `skip` and `limit` of `texts`: those of these rows could leave versions of one text on both sides.
+    """
+
+    type: Literal["perturbed"]
+    texts: PromptConfig
+    column: str = "completion"
+    edits: Annotated[tuple[Edit, ...], Field(min_length=1)] = (
+        *("number", "entity", "word"),
+        *("negate", "delete", "duplicate"),
+    )
+    per_text: PositiveInt = 1
+    originals: bool = True
+    seed: int = 0
+
+
 PromptConfig = Annotated[
-    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ToolArithmetic | ReasoningGym, Field(discriminator="type")
+    Jsonl
+    | Parquet
+    | Hub
+    | Gsm8kSolutions
+    | ToxicSpans
+    | QaFeedback
+    | RunningSums
+    | ToolArithmetic
+    | Marketplace
+    | ReasoningGym,
+    Field(discriminator="type"),
 ]
 Sampled.model_rebuild()
+Perturbed.model_rebuild()
 DataConfig = Annotated[
-    Jsonl | Parquet | Hub | Gsm8kSolutions | RunningSums | ToolArithmetic | ReasoningGym | Sampled,
+    Jsonl
+    | Parquet
+    | Hub
+    | Gsm8kSolutions
+    | ToxicSpans
+    | QaFeedback
+    | RunningSums
+    | ToolArithmetic
+    | Marketplace
+    | ReasoningGym
+    | Sampled
+    | Perturbed,
     Field(discriminator="type"),
 ]

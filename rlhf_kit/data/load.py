@@ -7,28 +7,35 @@ import json
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.table import InMemoryTable
 
+from rlhf_kit.data.annotations import check_spans, qa_feedback_rows, toxic_spans_rows
 from rlhf_kit.data.config import (
     DataBase,
     DataConfig,
     Gsm8kSolutions,
     Hub,
     Jsonl,
+    Marketplace,
     Parquet,
+    Perturbed,
+    QaFeedback,
     ReasoningGym,
     RunningSums,
     Sampled,
     ToolArithmetic,
+    ToxicSpans,
 )
 from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
+from rlhf_kit.data.marketplace import marketplace
 from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
+from rlhf_kit.data.perturbations import perturbed_rows
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.tool_tasks import tool_arithmetic
 from rlhf_kit.data.verifiers import verify
@@ -60,10 +67,11 @@ def load_data(config: DataConfig, sampler: Sampler | None = None) -> Dataset:
     source = _source(config)
     dataset = _sampled(config, sampler) if isinstance(config, Sampled) else READERS[type(config)](config)
     dataset = _rename(dataset, config.columns, source)
+    dataset = _with_prompts(dataset)
     numbers = _selection(len(dataset), config, source)
     dataset = dataset.select(numbers)
-    if isinstance(config, Gsm8kSolutions):
-        dataset, numbers = _solutions(dataset, numbers, config)
+    if isinstance(config, Gsm8kSolutions | QaFeedback):
+        dataset, numbers = _expanded(dataset, numbers, config)
     _check(dataset, numbers, source)
     return _format(dataset, numbers, config)
 
@@ -72,12 +80,14 @@ def _source(config: DataConfig) -> str:
     """What errors call the data set: its file where it has one."""
     if isinstance(config, Sampled):
         return f"sampled data, from {_source(config.prompts)}"
-    if isinstance(config, RunningSums | ToolArithmetic):
+    if isinstance(config, Perturbed):
+        return f"perturbed data, from {_source(config.texts)}"
+    if isinstance(config, RunningSums | ToolArithmetic | Marketplace):
         return config.type
     return config.task if isinstance(config, ReasoningGym) else config.path
 
 
-def _read_json(config: Jsonl | Gsm8kSolutions) -> Dataset:
+def _read_json(config: Jsonl | Gsm8kSolutions | QaFeedback) -> Dataset:
     """The rows of JSON lines, or of one JSON list; a name that ends in `.gz` is decompressed."""
     path = local_file(config.path)
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -115,6 +125,24 @@ def _read_hub(config: Hub) -> Dataset:
     return dataset
 
 
+def _read_toxic_spans(config: ToxicSpans) -> Dataset:
+    content = local_file(config.path).read_bytes().decode("utf-8-sig")
+    try:
+        return _dataset(list(toxic_spans_rows(content)), config.path)
+    except ValueError as error:
+        raise ValueError(f"{config.path}, {error}") from error
+
+
+def _read_perturbed(config: Perturbed) -> Dataset:
+    texts = load_data(config.texts)
+    if config.column not in texts.column_names:
+        have = ", ".join(texts.column_names)
+        raise ValueError(f"{_source(config)}: there is no column {config.column!r} to edit, only {have}")
+    prompts, given = texts["prompt"][:], texts[config.column][:]
+    rows = perturbed_rows(prompts, given, config.edits, config.per_text, config.originals, config.seed)
+    return _dataset(rows, _source(config))
+
+
 def _read_running_sums(config: RunningSums) -> Dataset:
     rows = running_sums(config.size, config.terms, config.modulus, config.seed, config.largest, config.multiplier)
     return _dataset(rows, "running_sums")
@@ -122,6 +150,11 @@ def _read_running_sums(config: RunningSums) -> Dataset:
 
 def _read_tool_arithmetic(config: ToolArithmetic) -> Dataset:
     return _dataset(tool_arithmetic(config.size, config.terms, config.largest, config.seed), "tool_arithmetic")
+
+
+def _read_marketplace(config: Marketplace) -> Dataset:
+    options = config.model_dump(include={"options", "features", "base_rate", "visible", "honesty", "style", "seed"})
+    return _dataset(marketplace(config.size, **options), "marketplace")
 
 
 def _read_reasoning_gym(config: ReasoningGym) -> Dataset:
@@ -134,8 +167,12 @@ READERS: Mapping[type[DataBase], Callable[[Any], Dataset]] = {
     Parquet: _read_parquet,
     Hub: _read_hub,
     Gsm8kSolutions: _read_json,
+    QaFeedback: _read_json,
+    ToxicSpans: _read_toxic_spans,
+    Perturbed: _read_perturbed,
     RunningSums: _read_running_sums,
     ToolArithmetic: _read_tool_arithmetic,
+    Marketplace: _read_marketplace,
     ReasoningGym: _read_reasoning_gym,
 }
 
@@ -191,6 +228,14 @@ def _one_type(values: Sequence[Any]) -> bool:
     return True
 
 
+def _with_prompts(dataset: Dataset) -> Dataset:
+    """An annotated text that answers no prompt has an empty one."""
+    names = dataset.column_names
+    if "prompt" in names or not {"text", "spans"} <= set(names):
+        return dataset
+    return cast(Any, dataset).add_column("prompt", [""] * len(dataset))
+
+
 def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
     if not columns:
         return dataset
@@ -224,17 +269,21 @@ def _selection(size: int, config: DataBase, source: str) -> list[int]:
     return positions
 
 
-def _solutions(problems: Dataset, numbers: list[int], config: Gsm8kSolutions) -> tuple[Dataset, list[int]]:
+def _expanded(items: Dataset, numbers: list[int], config: Gsm8kSolutions | QaFeedback) -> tuple[Dataset, list[int]]:
+    """The rows that each problem or question stands for, and the numbers of those that they come from."""
     rows, origins = [], []
-    for number, problem in zip(numbers, problems.to_list(), strict=True):
+    for number, item in zip(numbers, items.to_list(), strict=True):
         try:
-            expanded = gsm8k_rows(problem, config.paired, config.calculator_annotations)
+            if isinstance(config, QaFeedback):
+                expanded = qa_feedback_rows(item, config.passages, config.paired)
+            else:
+                expanded = gsm8k_rows(item, config.paired, config.calculator_annotations)
         except ValueError as error:
             raise ValueError(f"{config.path}, row {number + 1}: {error}") from error
         rows += expanded
         origins += [number] * len(expanded)
     if not rows:
-        raise ValueError(f"{config.path}: no problem has both a right and a wrong solution to pair")
+        raise ValueError(f"{config.path}: no row has both a better and a worse answer to pair")
     return _dataset(rows, config.path), origins
 
 
@@ -253,6 +302,12 @@ def _check(dataset: Dataset, numbers: Sequence[int], source: str) -> None:
                         f"{source}, row {number + 1}: {name!r} is neither text nor a list of messages "
                         f"({{role, content}}) but {_show(value)}"
                     )
+    if {"text", "spans"} <= set(names):
+        for number, text, spans in zip(numbers, dataset["text"], dataset["spans"], strict=True):
+            try:
+                check_spans(text, spans)
+            except ValueError as error:
+                raise ValueError(f"{source}, row {number + 1}: {error}") from error
     if "label" in names:
         for number, value in zip(numbers, dataset["label"], strict=True):
             if value not in (0, 1):

@@ -38,6 +38,20 @@ def completion_text(completion: Text) -> str:
     return ""
 
 
+def prompt_text(prompt: Text) -> str:
+    """What a model with a format of its own reads of a prompt: the text, or the messages' contents, apart by a line."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(text for message in prompt if (text := content_text(message)))
+
+
+def dialogue_text(text: Text) -> str:
+    """Text as it is; messages as the paragraphs `Role: content`."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(f"{str(message['role']).capitalize()}: {content_text(message)}" for message in text)
+
+
 def prompt_messages(prompt: Text, system: str | None) -> list[Message]:
     """`prompt` as messages, opened by `system` unless the conversation already has a system message."""
     messages: list[Message] = (

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
+from rlhf_kit.data.customer import experience
+from rlhf_kit.data.marketplace import market_of
 from rlhf_kit.data.tasks import reasoning_gym_score
 
 Row = Mapping[str, Any]
@@ -86,6 +88,15 @@ def reasoning_gym(completion: str, row: Row) -> float | None:
     return reasoning_gym_score("\n".join(lines[-expected_lines:]).strip(), row)
 
 
+def marketplace(completion: str, row: Row) -> float | None:
+    """`(1 + U) / 2`, with U in [-1, 1] the true utility of what the rule-based customer buys on the completion's word.
+
+    Buying nothing is worth 1/2.
+    """
+    market = market_of(row)
+    return None if market is None else (1 + experience(market, completion, "none").utility) / 2
+
+
 def marked_answer(text: str) -> str | None:
     r"""The line behind the last `####`, `A:`, `answer:` or `Answer:`, or the inside of `\boxed{}`.
 
@@ -137,4 +148,5 @@ VERIFIERS: Mapping[str, Callable[[str, Row], float | None]] = {
     "exact": exact,
     "math": math,
     "reasoning_gym": reasoning_gym,
+    "marketplace": marketplace,
 }

@@ -14,7 +14,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class Evaluation(Config):
     """Held-out accuracy by greedy decoding, judged by a verifier."""
 
-    verifier: Literal["exact", "math", "reasoning_gym"]
+    verifier: Literal["exact", "math", "reasoning_gym", "marketplace"]
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
 

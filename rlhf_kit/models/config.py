@@ -41,11 +41,12 @@ class Scratch(Config):
     """A small Llama with random weights and a word-level tokenizer.
 
     The vocabulary `running_sums` is the numbers below 23 and `=`. That of `tool_arithmetic` is the words of its
-    conversations; its tokenizer also has a chat template that writes tool calls, and the template that reads them.
+    conversations; its tokenizer also has a chat template that writes tool calls, and the template that reads them. That
+    of `marketplace` is the words of its style `words`.
     """
 
     type: Literal["scratch"]
-    vocabulary: tuple[str, ...] | Literal["running_sums", "tool_arithmetic"]
+    vocabulary: tuple[str, ...] | Literal["running_sums", "tool_arithmetic", "marketplace"]
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 256
     num_hidden_layers: PositiveInt = 2

@@ -81,6 +81,10 @@ def scratch_vocabulary(config: Scratch) -> tuple[str, ...]:
         from rlhf_kit.data.tool_tasks import tool_arithmetic_vocabulary
 
         return tuple(tool_arithmetic_vocabulary())
+    if config.vocabulary == "marketplace":
+        from rlhf_kit.data.marketplace import marketplace_vocabulary
+
+        return tuple(marketplace_vocabulary())
     return config.vocabulary
 
 

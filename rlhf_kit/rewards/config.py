@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, StringConstraints
+from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints
 
 from rlhf_kit.config import Config
 from rlhf_kit.problems import Problem
@@ -33,6 +33,18 @@ class Schedule(Config):
     def at(self, step: int) -> float:
         """The weight after `step` optimiser steps."""
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+class Learning(Config):
+    """How a source learns from the outcomes of each rollout before it scores it: with an optimiser of its own."""
+
+    learning_rate: PositiveFloat
+    max_grad_norm: PositiveFloat = 10.0
+
+    @property
+    def in_policy_engine(self) -> bool:
+        """Whether the policy's optimiser steps it instead."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,13 @@ class SourceConfig(Config):
 
     @property
     def labels_outcomes(self) -> bool:
-        """Whether its scores are outcomes in [0, 1] that an online PRM may learn from."""
+        """Whether its scores are outcomes in [0, 1] that an online source may learn from."""
         return False
+
+    @property
+    def learning(self) -> Learning | None:
+        """How it learns online; None where it does not."""
+        return None
 
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
         """What cannot work with this policy and beside these sources; paths start at the source."""

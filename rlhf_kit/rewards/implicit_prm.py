@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import PositiveFloat
 
-from rlhf_kit.config import Config, Location
+from rlhf_kit.config import Location
 from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.problems import Problem
-from rlhf_kit.rewards.config import BuildContext, SourceConfig
+from rlhf_kit.rewards.config import BuildContext, Learning, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ RUNNING_RATE_DECAY = 0.9
 PRM_RECORD = "prm.json"
 
 
-class Online(Config):
+class Online(Learning):
     """How the PRM learns from the outcomes of each rollout (PRIME, arXiv 2502.01456).
 
     `before_scoring` steps the PRM with its own optimiser and clip before it scores the rollout; `with_policy` adds
@@ -34,8 +34,11 @@ class Online(Config):
 
     order: Literal["before_scoring", "with_policy"] = "before_scoring"
     learning_rate: PositiveFloat = 1e-6
-    max_grad_norm: PositiveFloat = 10.0
     loss: Literal["ce"] = "ce"
+
+    @property
+    def in_policy_engine(self) -> bool:
+        return self.order == "with_policy"
 
 
 class ImplicitPrmConfig(SourceConfig):
@@ -56,6 +59,10 @@ class ImplicitPrmConfig(SourceConfig):
     @property
     def kind(self) -> Literal["outcome", "process"]:
         return "process"
+
+    @property
+    def learning(self) -> Online | None:
+        return self.online
 
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
         if isinstance(policy, Scratch):

@@ -11,7 +11,7 @@ from rlhf_kit import yaml12
 from rlhf_kit.config import Config
 from rlhf_kit.trainers.config import StageConfig
 
-OUTPUTS = {"sft": ("model",), "reward": ("model",), "ppo": ("model", "prm")}
+OUTPUTS = {**dict.fromkeys(("sft", "reward", "segment", "preference"), ("model",)), "ppo": ("model", "prm")}
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
 StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]

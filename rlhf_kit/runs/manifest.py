@@ -106,7 +106,7 @@ def _paths(config: Any, field: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _fingerprint(path: Path) -> str | None:
-    """SHA-256 of a file, or of a folder's weights, configuration and tokenizer in the order of their names; None for anything else."""
+    """SHA-256 of a file, or of a model's files in the order of their names; None for anything else."""
     files = [path] if path.is_file() else sorted(file for pattern in FINGERPRINTED for file in path.glob(pattern))
     digest = hashlib.sha256()
     for file in files:

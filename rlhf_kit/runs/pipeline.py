@@ -119,6 +119,14 @@ def _runner(stage: StageConfig) -> Callable[[Any, StageRun], dict[str, Any]]:
         from rlhf_kit.trainers.reward import run_reward
 
         return run_reward
+    if stage.type == "segment":
+        from rlhf_kit.trainers.segment import run_segment
+
+        return run_segment
+    if stage.type == "preference":
+        from rlhf_kit.trainers.preference import run_preference
+
+        return run_preference
     from rlhf_kit.trainers.run_ppo import run_ppo
 
     return run_ppo

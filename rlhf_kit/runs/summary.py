@@ -47,6 +47,7 @@ def stage_numbers(rows: Sequence[dict[str, Any]], sources: Sequence[str]) -> dic
     add("Token accuracy, held-out", "eval_mean_token_accuracy", _from_to)
     add("Token accuracy, training", "mean_token_accuracy", lambda series: format_percent(tail_mean(series)))
     add("AUC, held-out", "eval_outcome_auc", lambda series: f"{values(series)[-1]:.3f}")
+    add("Span F1 of characters, held-out", "eval_char_f1", lambda series: f"{values(series)[-1]:.3f}")
     add("Reward, all sources", "reward", _tail)
     for source in sources:
         add(f"Reward, {source}", f"rewards/{source}/mean", _tail)

@@ -10,10 +10,11 @@ from typing import Any
 
 from rlhf_kit.problems import Problem, did_you_mean, listed
 from rlhf_kit.trainers.argument_source import Argument, arguments, enum_values, trackers
-from rlhf_kit.trainers.config import Ppo, Reward, Segment, Sft
+from rlhf_kit.trainers.config import Ppo, Preference, Reward, Stage
 
 TOKEN_LEVEL_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo")
 
+_PREFERENCE_CLASSES = {"dpo": "trl.DPOConfig", "kto": "trl.KTOConfig"}
 _REWARD_CLASSES = {"dpo": "trl.DPOConfig", "nca": "trl.DPOConfig", "kto": "trl.KTOConfig"}
 
 # What the kit itself decides, and where a recipe says it instead.
@@ -30,6 +31,10 @@ _RESERVED_BY_STAGE = {
     "sft": {},
     "reward": {"beta": "set the stage's beta", "loss_type": "set the stage's objective"},
     "segment": {},
+    "preference": {
+        **dict.fromkeys(("beta", "loss_type", "loss_weights", "label_smoothing"), "set it in the stage's objective"),
+        **dict.fromkeys(("desirable_weight", "undesirable_weight"), "set it in the stage's objective"),
+    },
     "ppo": {
         "beta": "set credit.kl",
         "scale_rewards": "set credit.scale",
@@ -63,6 +68,8 @@ def config_class(stage_type: str, objective: str = "ce") -> str:
     """The dataclass whose fields a stage's `trainer.args` are."""
     if stage_type == "segment":
         return "transformers.TrainingArguments"
+    if stage_type == "preference":
+        return _PREFERENCE_CLASSES.get(objective, "transformers.TrainingArguments")
     if stage_type == "reward":
         return _REWARD_CLASSES.get(objective, "transformers.TrainingArguments")
     return {"sft": "trl.SFTConfig", "ppo": "trl.GRPOConfig"}[stage_type]
@@ -243,15 +250,17 @@ class Batch:
         return self.rollout * self.iterations / self.rows_per_update
 
 
-def argument(stage: Sft | Reward | Segment | Ppo, name: str) -> Any:
+def argument(stage: Stage, name: str) -> Any:
     """An argument of the stage's trainer: as the recipe gives it, or else the dataclass's default."""
     if name in stage.trainer.args:
         return stage.trainer.args[name]
-    class_name = config_class(stage.type, stage.objective if isinstance(stage, Reward) else "ce")
+    objective = stage.objective if isinstance(stage, Reward) else "ce"
+    objective = stage.objective.type if isinstance(stage, Preference) else objective
+    class_name = config_class(stage.type, objective)
     return arguments(class_name)[name].default
 
 
-def batch_of(stage: Sft | Reward | Segment | Ppo, world_size: int) -> Batch:
+def batch_of(stage: Stage, world_size: int) -> Batch:
     """The stage's batch arithmetic on `world_size` processes, as TRL computes it."""
     per_device = argument(stage, "per_device_train_batch_size")
     accumulation = argument(stage, "gradient_accumulation_steps")

@@ -10,7 +10,9 @@ from rlhf_kit.config import Config, Location
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.config import Evaluation, Probability, StepEvaluation, StepTruth
 from rlhf_kit.models.config import ModelConfig, Pretrained
+from rlhf_kit.objectives import ObjectiveConfig
 from rlhf_kit.rewards import RewardConfig
+from rlhf_kit.rewards.text import Segments
 
 
 class TrainerArgs(Config):
@@ -46,6 +48,57 @@ class Reward(Config):
     data: DataConfig
     eval_data: DataConfig | None = None
     step_evaluation: StepEvaluation | None = None
+    trainer: TrainerArgs = TrainerArgs()
+
+
+class Segment(Config):
+    """Training of a segment reward model from annotated spans (`text, spans` rows; arXiv 2306.01693, section 3.2).
+
+    A token classification head on any language model or encoder says at a segment's last token which of `labels` it
+    has, or none; `by: token` labels each token of the model's own. `labels` are the spans' labels, each a class, or
+    map a class to the labels that it stands for. A segment has a class whose spans cover more than `min_overlap` of its
+    characters. `class_weights: balanced` weighs rare classes up. `prompt_template` is what the model reads before the
+    text (without it, the text alone). With `layers` the body keeps that many, the first. With a LoRA adapter the head
+    is trained whole.
+    """
+
+    type: Literal["segment"]
+    model: Pretrained
+    layers: PositiveInt | None = None
+    labels: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], Field(min_length=1)]
+    segments: Segments = Segments(by="token")
+    min_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["none", "balanced"] | dict[str, PositiveFloat] = "none"
+    prompt_template: str | None = None
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    trainer: TrainerArgs = TrainerArgs()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes beside none."""
+        return tuple(self.labels)
+
+    @property
+    def marks(self) -> tuple[tuple[str, ...], ...]:
+        """The spans' labels that stand for each class."""
+        labels = self.labels
+        return tuple(labels.values()) if isinstance(labels, dict) else tuple((label,) for label in labels)
+
+
+class Preference(Config):
+    """Offline preference optimisation by one of the objectives of `rlhf_kit.objectives`.
+
+    `reference` is what log-probabilities are compared with where the objective does so: without it the model as it
+    starts, which with a LoRA adapter is its base.
+    """
+
+    type: Literal["preference"]
+    model: Pretrained
+    reference: Pretrained | None = None
+    objective: ObjectiveConfig
+    data: DataConfig
+    eval_data: DataConfig | None = None
     trainer: TrainerArgs = TrainerArgs()
 
 
@@ -153,4 +206,5 @@ class Ppo(Config):
     trainer: TrainerArgs = TrainerArgs()
 
 
-StageConfig = Annotated[Sft | Reward | Ppo, Field(discriminator="type")]
+Stage = Sft | Reward | Segment | Preference | Ppo
+StageConfig = Annotated[Stage, Field(discriminator="type")]

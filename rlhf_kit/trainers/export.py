@@ -41,10 +41,15 @@ def export_model(trainer: Trainer, folder: Path) -> None:
     if accelerator.is_main_process:
         model = cast(nn.Module, accelerator.unwrap_model(trainer.model))
         write_model(model, folder, trainer.processing_class, state)
-        if trainer.args.push_to_hub:
-            message = f"{trainer.state.global_step} updates"
-            HfApi().upload_folder(repo_id=str(trainer.hub_model_id), folder_path=folder, commit_message=message)
+        upload(trainer, folder)
     accelerator.wait_for_everyone()
+
+
+def upload(trainer: Trainer, folder: Path) -> None:
+    """With `push_to_hub`, upload what is in `folder`, with the token that `HF_TOKEN` or a login gives."""
+    if trainer.args.push_to_hub:
+        message = f"{trainer.state.global_step} updates"
+        HfApi().upload_folder(repo_id=str(trainer.hub_model_id), folder_path=folder, commit_message=message)
 
 
 def write_model(

@@ -12,7 +12,6 @@ from torch import Tensor
 from rlhf_kit.credit import rloo
 from rlhf_kit.errors import RunError
 from rlhf_kit.rewards.config import SourceConfig
-from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.rollout import RewardSource, Rollout, Status, TokenRewards
 from rlhf_kit.trainers.assign import WeightedRewards
 from rlhf_kit.trainers.config import AccuracyBand
@@ -37,6 +36,13 @@ class Scores:
     outcomes: Float[Tensor, "B"] | None = None
     labelled: Bool[Tensor, "B"] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def given(self) -> dict[str, Float[Tensor, "B T"]]:
+        """`Rollout.rewards`: NaN in a row that a source did not judge."""
+        return {
+            name: torch.where((rewards.status == Status.OK)[:, None], rewards.tokens, torch.nan)
+            for name, rewards in self.rewards.items()
+        }
 
 
 class RunningScale:
@@ -77,6 +83,10 @@ class Scoring:
 
     Outcome sources first: their labels drop prompts outside the accuracy band and teach the online sources, which
     then score, with the others.
+
+    Attributes:
+        failures: by source, the rollouts in a row in which too many of its rows failed; by "" those in which nothing
+            was judged.
     """
 
     def __init__(
@@ -90,21 +100,20 @@ class Scoring:
         self.sources = list(sources)
         self.scales = {source.name: RunningScale() for source in sources}
         self.online = {
-            source.name: OnlineUpdate(source, config.online.learning_rate, config.online.max_grad_norm, ranks)
+            source.name: OnlineUpdate(source, learning.learning_rate, learning.max_grad_norm, ranks)
             for config, source in zip(self.configs, self.sources, strict=True)
-            if isinstance(config, ImplicitPrmConfig) and config.online and config.online.order == "before_scoring"
+            if (learning := config.learning) is not None and not learning.in_policy_engine
         }
-        self._learns = any(isinstance(config, ImplicitPrmConfig) and config.online for config in self.configs)
-        self._unjudged = 0
-        self._failing: dict[str, int] = {}
+        self._learns = any(config.learning is not None for config in self.configs)
+        self.failures: dict[str, int] = {}
         self._band = band
         self._ranks = ranks
 
     def begin(self, rollout: Rollout) -> None:
         """Let sources start what needs neither log-probabilities nor, before they are known, outcomes."""
-        for source in self.sources:
-            if source.needs_outcomes == (rollout.outcomes is not None):
-                source.begin(rollout)
+        ready = [source for source in self.sources if source.needs_outcomes == (rollout.outcomes is not None)]
+        if ready:
+            self._ranks.agreed("a reward source", lambda: [source.begin(rollout) for source in ready])
 
     def score_outcomes(self, rollout: Rollout) -> Scores:
         """Outcome sources, the labels they give, and the rows that are left."""
@@ -151,7 +160,8 @@ class Scoring:
                 if valid.any():
                     source.observe(self._ranks.all_rows(scores.outcomes)[valid])
             if update is not None and scores.outcomes is not None:
-                learnt = update.step(rollout, scores.outcomes, scores.valid)
+                known = replace(rollout, rewards=scores.given())
+                learnt = update.step(known, scores.outcomes, scores.valid)
                 scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt.items()})
             self._ask(config, source, rollout, scores)
         judged = torch.stack([rewards.status == Status.OK for rewards in scores.rewards.values()]).any(dim=0)
@@ -170,23 +180,24 @@ class Scoring:
         counts = self._ranks.sum(torch.stack([judged.sum(), *failed]).float())
         anything, *failures = counts.tolist()
         rows = len(self._ranks.all_rows(judged))
-        self._unjudged = 0 if anything else self._unjudged + 1
-        if self._unjudged >= FAILURE_LIMIT:
+        if self._count("", not anything) >= FAILURE_LIMIT:
             raise RunError(
                 f"no reward source judged any completion of the last {FAILURE_LIMIT} rollouts ("
                 f"{', '.join(source.name for source in self.sources)}): look whether the data have the columns that "
                 "they read, such as answer, and at rewards/*/failed in metrics.jsonl"
             )
         for config, source, count in zip(self.configs, self.sources, failures, strict=True):
-            over = count / rows > config.max_failure_rate
-            self._failing[source.name] = self._failing.get(source.name, 0) + 1 if over else 0
-            if self._failing[source.name] >= FAILURE_LIMIT:
+            if self._count(source.name, count / rows > config.max_failure_rate) >= FAILURE_LIMIT:
                 raise RunError(
                     f"reward source '{source.name}' failed in more than {config.max_failure_rate:.0%} of the "
                     f"completions of {FAILURE_LIMIT} rollouts in a row ({int(count)} of {rows} in the last): see the "
                     "warnings above for why; mend its server or its model and start the same command again, or raise "
                     "max_failure_rate"
                 )
+
+    def _count(self, name: str, failing: bool) -> int:
+        self.failures[name] = self.failures.get(name, 0) + 1 if failing else 0
+        return self.failures[name]
 
     def weighted(self, rollout: Rollout, scores: Scores) -> list[WeightedRewards]:
         """Rewards of all ranks after each source's normalisation and weight."""

@@ -163,7 +163,7 @@ def trained(policy: Any) -> Any:
     return policy
 
 
-@pytest.mark.parametrize("peft", [None, Lora(r=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize("peft", [None, Lora(r=2, dropout=0.5)], ids=["whole", "lora"])
 def test_the_frozen_policy_answers_as_it_did_at_first_and_the_live_one_as_it_does_now(
     talker: Path, model: InProcess, peft: Lora | None
 ) -> None:
