@@ -53,7 +53,12 @@ def recipe(tmp_path: Path) -> Recipe:
     """A pipeline that reads a data file and a base model of two files of weights."""
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "base").mkdir()
-    for name, content in (("b.safetensors", b"two"), ("a.safetensors", b"one"), ("config.json", b"{}"), ("README.md", b"")):
+    for name, content in (
+        ("b.safetensors", b"two"),
+        ("a.safetensors", b"one"),
+        ("config.json", b"{}"),
+        ("README.md", b""),
+    ):
         (tmp_path / "base" / name).write_bytes(content)
     file = tmp_path / "recipe.yaml"
     file.write_text(PIPELINE.format(folder=tmp_path))
