@@ -1,7 +1,7 @@
 """Does the follow-up reward agree with people? Ranked replies of OpenAssistant's conversations, pair by pair.
 
 Each pair of replies to one message, of which people ranked one higher, is a question: does the reward rank it higher
-too? Beside the reward (all aspects, and each alone) stand length alone and a coin. Intervals are bootstrapped over
+too? Beside the reward (all aspects, and each alone) stand length alone and coins. Intervals are bootstrapped over
 conversation trees, for pairs of one tree are not independent. The pairs are also split by whether people preferred the
 longer or the shorter reply: what only likes length wins the first and loses the second.
 
@@ -75,12 +75,10 @@ def as_message(message: dict[str, Any]) -> Message:
 
 def score(replies: Sequence[Reply], source: FollowUp) -> list[Reply]:
     """The replies that fit the model, with every score."""
-    coin = random.Random(0)
     for place, reply in enumerate(replies):
         (aspects,) = source.differences([(reply.prompt, reply.text)])
         if aspects is not None:
-            others = {"length": len(reply.text), "coin": coin.random()}
-            reply.scores.update({"follow-ups": fmean(aspects.values()), **aspects, **others})
+            reply.scores.update({"follow-ups": fmean(aspects.values()), **aspects, "length": len(reply.text)})
         if place % 20 == 0:
             print(f"{place} of {len(replies)} replies", flush=True)
     return [reply for reply in replies if reply.scores]
@@ -115,20 +113,40 @@ def interval(
     return values[int(0.025 * BOOTSTRAPS)], values[int(0.975 * BOOTSTRAPS) - 1]
 
 
+def balanced(pairs: Sequence[tuple[Reply, Reply]], name: str) -> float:
+    """The mean of the agreements where the longer and where the shorter reply was preferred: 1/2 for length alone."""
+    sides = [[p for p in pairs if (len(p[0].text) > len(p[1].text)) == longer] for longer in (True, False)]
+    return fmean(agreement(side, name) if side else 0.5 for side in sides)
+
+
+def coins(pairs: Sequence[tuple[Reply, Reply]]) -> tuple[float, float]:
+    """The middle 95 % of the agreement of scores that are drawn at random."""
+    drawn = random.Random(2)
+    values = []
+    for _ in range(BOOTSTRAPS):
+        coin = {id(reply): drawn.random() for pair in pairs for reply in pair}
+        values.append(fmean(coin[id(better)] > coin[id(worse)] for better, worse in pairs))
+    values.sort()
+    return values[int(0.025 * BOOTSTRAPS)], values[int(0.975 * BOOTSTRAPS) - 1]
+
+
 def table(pairs: Sequence[tuple[Reply, Reply]]) -> list[dict[str, Any]]:
     """Agreement of every score, and on the pairs whose longer or shorter reply was preferred."""
     longer = [pair for pair in pairs if len(pair[0].text) > len(pair[1].text)]
     shorter = [pair for pair in pairs if len(pair[0].text) < len(pair[1].text)]
     rows = []
     for name in pairs[0][0].scores:
-        low, high = interval(pairs, lambda drawn, name=name: agreement(drawn, name))
+        of_both = [interval(pairs, lambda drawn, of=of, name=name: of(drawn, name)) for of in (agreement, balanced)]
+        shown = [f"{low:.3f} to {high:.3f}" for low, high in of_both]
         rows.append(
             {
                 "score": name,
                 "agreement": agreement(pairs, name),
-                "95 % interval": f"{low:.3f} to {high:.3f}",
+                "95 %": shown[0],
                 f"longer preferred ({len(longer)})": agreement(longer, name),
                 f"shorter preferred ({len(shorter)})": agreement(shorter, name),
+                "mean of these two": balanced(pairs, name),
+                "95 % of it": shown[1],
             }
         )
     return rows
@@ -154,6 +172,8 @@ def main(options: argparse.Namespace) -> None:
         low, high = interval(pairs, lambda drawn: agreement(drawn, "follow-ups") - agreement(drawn, "length"))
         results["follow-ups minus length"] = [low, high]
         print(f"\nfollow-ups minus length: {low:+.3f} to {high:+.3f}")
+        results["coins"] = coins(pairs)
+        print("a coin: 0.5, 95 % of coins {:.3f} to {:.3f}".format(*results["coins"]))
         results["scores"] = [{"group": r.group, "tree": r.tree, "rank": r.rank, **r.scores} for r in scored]
 
 
