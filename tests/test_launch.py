@@ -292,6 +292,7 @@ class TestThroughAccelerate:
         [
             ("cpu_ddp", "MULTI_CPU", None),
             ("ddp", "MULTI_CPU", None),
+            ("zero1", "DEEPSPEED", 1),
             ("zero2", "DEEPSPEED", 2),
             ("zero3", "DEEPSPEED", 3),
         ],
