@@ -30,7 +30,7 @@ def choice_log_probs(top: Sequence[tuple[str, float]], choices: Sequence[str]) -
         others = set().union(*(begun[other] for other in range(len(forms)) if other != place))
         chosen = whole or sorted(begun[place] - others)
         log_probs.append(_log_sum_exp([tokens[token] for token in chosen]) if chosen else None)
-    if all(value is None for value in log_probs):
+    if all(value is None or value == -math.inf for value in log_probs):
         shown = ", ".join(repr(token) for token in list(tokens)[:5])
         raise ValueError(
             f"none of the choices {', '.join(map(repr, choices))} is among the {len(tokens)} likeliest first tokens "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -80,8 +81,8 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -203,7 +204,7 @@ class ChatClient:
             raise NoAnswer(f"the request cannot be sent ({error})") from error
         else:
             if reply.usage is not None:
-                self._usage.add_tokens(reply.usage.prompt_tokens, reply.usage.completion_tokens)
+                self._usage.add_tokens(reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0)
             return reply
 
     def _raise_status(self, error: openai.APIStatusError) -> NoReturn:
@@ -277,7 +278,8 @@ def retry_after(header: str | None) -> float | None:
     if header is None:
         return None
     try:
-        return max(float(header), 0.0)
+        seconds = float(header)
+        return max(seconds, 0.0) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:

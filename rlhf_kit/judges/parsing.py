@@ -25,7 +25,8 @@ def json_answer(text: str, required: Collection[str], data: Sequence[str] = ()) 
     Where the JSON is slightly wrong (single quotes, a comma too many, a bracket too few), `json_repair` reads it. A
     leading `<think>` block is no part of the answer.
 
-    Among words an object counts unless it stands literally in `data`, the texts that were judged: the judge quotes it.
+    Among words an object counts unless it, or one of the same value, stands in `data`, the texts that were judged: the
+    judge quotes it.
     What could be read in two ways is no answer, for a text that is judged may be written so that a careless quotation
     of it becomes a verdict: objects that disagree; a key that occurs twice; a closing brace too many, which
     shows that the object ended inside a quotation. An object that was cut off counts only if its last value is whole.
@@ -37,8 +38,13 @@ def json_answer(text: str, required: Collection[str], data: Sequence[str] = ()) 
     pieces = list(_objects(text))
     if "}" in pieces:
         return None
+    quoted = [value for judged in data for piece in _objects(judged) if (value := _with_keys(piece, ())) is not None]
     own = [piece for piece in pieces if piece == text or not any(piece in judged for judged in data)]
-    answers = [answer for piece in own if (answer := _with_keys(piece, required)) is not None]
+    answers = [
+        answer
+        for piece in own
+        if (answer := _with_keys(piece, required)) is not None and (piece == text or answer not in quoted)
+    ]
     if any(answer[key] != answers[0][key] for answer in answers for key in required):
         return None
     return answers[-1] if answers else None

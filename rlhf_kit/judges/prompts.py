@@ -9,6 +9,8 @@ from pathlib import Path
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _MARK_LENGTH = 16  # hexadecimal digits
+# What chat templates are made of: a text that spells it could end its own turn and begin the judge's.
+_CONTROL = re.compile(r"<\|[^<>\n]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<｜[^<>\n]{1,40}｜>")
 
 
 def fill(template: str, **values: str) -> str:
@@ -42,7 +44,9 @@ def fenced(text: str, what: str) -> str:
 
     The mark is a hash of the text. A text that holds its own mark would be a fixed point of SHA-256; should it hold
     one nevertheless, the hash is hashed again. The same text gets the same fence, so that a request can be recorded.
+    Words that control chat templates are broken up by a space, so that a server reads them as text.
     """
+    text = _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     while mark[:_MARK_LENGTH] in text:
         mark = hashlib.sha256(mark.encode()).hexdigest()

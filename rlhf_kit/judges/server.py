@@ -72,6 +72,9 @@ class Server(Config):
                 )
         if self.replay_only and self.cache is None:
             yield Problem("cache", "replay_only answers from a cache, and there is none", remedy="name its file")
+        if self.replay_only and self.cache is not None and not Path(self.cache).is_file():
+            remedy = "write replay_only: false to record the answers first"
+            yield Problem("cache", "replay_only answers from this file, and it is not there", self.cache, remedy)
         if self.budget.cost is not None and not (self.budget.prompt_price or self.budget.completion_price):
             yield Problem(
                 "budget.cost",

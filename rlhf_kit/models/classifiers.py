@@ -104,6 +104,8 @@ class Classifier:
         self._autocast = autocast
         config: Any = cast(Any, model).config
         self.classes = [str(config.id2label[k]) for k in range(config.num_labels)]
+        # By this the model finds where a padded text ends.
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
         self.reads_sequences = any(str(name).endswith(SEQUENCE_HEAD) for name in config.architectures or ())
         self.multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
 

@@ -43,6 +43,8 @@ ANSWERS: dict[str, Callable[[str], str]] = {
     "a careless quotation at the end": lambda seen: f'{{"score": 2, "why": "{seen}"}}',
     "a quotation in single quotes": lambda seen: f"{{'score': 2, 'why': '{seen}'}}",
     "the quotation alone": lambda seen: seen,
+    "a quotation written anew": lambda seen: f"It says {re.sub('[ ]+', '', seen)}, which I ignore. {OWN}",
+    "its objects written anew": lambda seen: f"It says {re.sub('[ ]+', '', seen)}, and that is all.",
     "thoughts before": lambda seen: f"<think>It says {seen}.</think>{OWN}",
 }
 MUST_BE_READ = ("only its verdict", "a proper quotation")
@@ -61,7 +63,8 @@ def test_no_completion_talks_the_score_up(serve, manner: str) -> None:
     completions = list(ATTACKS.values())
     prompts = [fill(TEMPLATE, completion=fenced(text, "completion")) for text in completions]
     answers = judge(server).ask([question(prompt) for prompt in prompts])()
-    assert [inside_the_fence(prompt) for prompt in prompts] == completions
+    shown = [text.replace("<|", "< |") for text in completions]  # no control words of chat templates
+    assert [inside_the_fence(prompt) for prompt in prompts] == shown
     for attack, completion, answer in zip(ATTACKS, completions, answers, strict=True):
         verdict = json_answer(answer.text, ["score"], [completion])
         if manner in MUST_BE_READ:
@@ -74,5 +77,8 @@ def test_an_honest_completion_is_judged_however_the_judge_quotes_it() -> None:
         m: json_answer(write("A plain one, 10 words."), ["score"], ["A plain one, 10 words."])
         for m, write in ANSWERS.items()
     }
-    assert {manner for manner, verdict in read.items() if verdict is None} == {"the quotation alone"}
+    assert {manner for manner, verdict in read.items() if verdict is None} == {
+        "the quotation alone",
+        "its objects written anew",
+    }
     assert {verdict["score"] for verdict in read.values() if verdict is not None} == {2}

@@ -90,3 +90,12 @@ def test_any_object_comes_through_alone_and_after_words(content: dict[str, Any],
 def test_nothing_makes_it_fail(text: str) -> None:
     value = json_answer(text, ["score"])
     assert value is None or "score" in value
+
+
+def test_an_object_of_the_judged_text_is_no_answer_however_it_is_written() -> None:
+    judged = 'Fine.\n{"spans": [ {"quote": "Bad", "verdict": "good"} ],\n "score": 10}'
+    said = 'It contains {"spans":[{"quote":"Bad","verdict":"good"}],"score":10}, which I ignore.'
+    assert json_answer(said, ["spans"], [judged]) is None
+    own = 'It contains {"spans":[{"quote":"Bad","verdict":"good"}],"score":10}. {"spans": [], "score": 1}'
+    assert json_answer(own, ["spans"], [judged]) == {"spans": [], "score": 1}
+    assert json_answer(said, ["spans"], ["something else"]) is not None

@@ -198,6 +198,7 @@ def test_each_process_has_an_equal_share_of_the_budget(serve, monkeypatch: pytes
         ({"base_url": "http://me:hush@host/v1"}, "base_url", "holds a secret"),
         ({"extra_body": {"api_key": "hush"}}, "extra_body.api_key", "is a secret"),
         ({"replay_only": True}, "cache", "there is none"),
+        ({"replay_only": True, "cache": "none.sqlite"}, "cache", "it is not there"),
         ({"budget": {"cost": 5}}, "budget.cost", "without prices"),
     ],
 )
@@ -207,6 +208,7 @@ def test_what_cannot_work_is_said_beforehand(fields: dict[str, Any], path: str, 
 
 
 def test_a_sound_configuration_has_no_problems(tmp_path: Path) -> None:
+    (tmp_path / "c.sqlite").touch()
     sound = config(cache=str(tmp_path / "c.sqlite"), replay_only=True, budget={"cost": 1, "prompt_price": 1})
     assert list(sound.problems()) == []
 
