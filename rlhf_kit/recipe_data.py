@@ -153,4 +153,5 @@ def _read_in_training(stage: Stage) -> dict[str, str]:
         return dict.fromkeys(stage.objective.columns_read, f"objective {stage.objective.type}")
     verifiers = [source.verifier for source in stage.rewards if isinstance(source, VerifierConfig)]
     needed = {VERIFIER_COLUMN[verifier]: f"verifier {verifier}" for verifier in verifiers}
+    needed |= {column: f"reward '{source.source_name}'" for source in stage.rewards for column in source.columns}
     return {**needed, **({stage.step_truth.column: "step_truth"} if stage.step_truth else {})}

@@ -30,6 +30,8 @@ PPO = {
     "trainer": {"args": {"per_device_train_batch_size": 4, "num_generations": 4}},
 }
 
+JUDGE = {"type": "server", "base_url": "http://127.0.0.1/v1", "model": "m"}
+
 
 def verifier(name: str) -> dict[str, Any]:
     return {"rewards": [{"type": "verifier", "verifier": name}]}
@@ -64,6 +66,14 @@ def jsonl(**fields: Any) -> dict[str, Any]:
         ({**REWARD, "objective": "dpo", "data": jsonl(columns={"chosen": "said"})}, "objective dpo reads rejected"),
         ({**PPO, **verifier("math"), "data": jsonl()}, "data: verifier math reads answer"),
         ({**PPO, **verifier("reasoning_gym"), "data": jsonl()}, "verifier reasoning_gym reads reasoning_gym_entry"),
+        (
+            {**PPO, "rewards": [{"type": "gap", "judge": JUDGE, "column": "best"}], "data": jsonl()},
+            "data: reward 'gap' reads best",
+        ),
+        (
+            {**PPO, "rewards": [{"type": "follow_up", "model": {"path": "a/b"}, "column": "next"}], "data": jsonl()},
+            "data: reward 'follow_up' reads next",
+        ),
         ({**PPO, **verifier("exact"), "data": jsonl(columns={"answer": "golden"})}, "data: rows.jsonl: columns maps"),
         (
             {**PPO, **verifier("exact"), "data": jsonl(columns={"answer": "gold"}), "step_truth": {"column": "steps"}},

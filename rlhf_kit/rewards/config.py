@@ -108,6 +108,11 @@ class SourceConfig(Config):
         return iter(())
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the data that it cannot do without."""
+        return ()
+
+    @property
     def source_name(self) -> str:
         """What the source is called in metrics: its name, or else its type."""
         return self.name or self.type

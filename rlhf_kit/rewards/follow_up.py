@@ -63,6 +63,10 @@ class FollowUpConfig(SourceConfig):
     def kind(self) -> Literal["outcome", "process"]:
         return "outcome"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return () if self.column is None else (self.column,)
+
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
         if self.model is not None and not self.frozen:
             yield Problem("frozen", "is about the policy, and another model reads", False, "remove frozen or model")

@@ -44,6 +44,10 @@ class GapConfig(SourceConfig):
     def kind(self) -> Literal["outcome", "process"]:
         return "outcome"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
         yield from judge_problems(self.judge)
         yield from prompt_problems(self.prompt, PLACEHOLDERS)

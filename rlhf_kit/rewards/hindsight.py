@@ -66,6 +66,12 @@ class HindsightConfig(SourceConfig):
     def kind(self) -> Literal["outcome", "process"]:
         return "outcome"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        from rlhf_kit.data.marketplace import Market
+
+        return tuple(Market.__dataclass_fields__) if self.judge == "rule" else ()
+
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
         if self.judge == "rule" and self.world != "rule":
             what = "is asked by nobody: the rule-based customer is shown the marketplace's truth"
