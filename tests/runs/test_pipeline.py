@@ -198,7 +198,9 @@ def test_the_manifest_tells_what_the_run_was_made_of(finished: tuple[Recipe, dic
     assert (manifest["name"], manifest["world_size"]) == ("tiny", 1)
     assert manifest["created"] < manifest["finished"]
     assert manifest["versions"]["torch"] == torch.__version__
-    sft_model = (folder / "sft" / "model" / "model.safetensors").read_bytes()
+    files = sorted(path for path in (folder / "sft" / "model").iterdir() if path.suffix in (".json", ".safetensors"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in files}
+    sft_model = b"".join(path.read_bytes() for path in files)
     assert manifest["stages"] == {
         "sft": {"parents": [], "inputs": {}},
         "ppo": {"parents": ["sft"], "inputs": {"model.path": f"sha256:{hashlib.sha256(sft_model).hexdigest()}"}},
