@@ -125,3 +125,8 @@ class Scorer:
 def adapter_scorer(model: PeftModel, name: str) -> Scorer:
     """The adapter `name` of a model as a scorer; it shares the base with the model's other adapters."""
     return Scorer(model, adapter_parameters(model, name), partial(active_adapter, model, name))
+
+
+def base_scorer(model: PeftModel) -> Scorer:
+    """A model without its adapters as a scorer."""
+    return Scorer(model, [], partial(active_adapter, model, None))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -103,23 +102,3 @@ def contrast_tokens(log_p: Float[Tensor, "B T V"], sequences: Sequences, among: 
 def _without_first(log_probs: Float[Tensor, "B L"], sequences: Sequences) -> Float[Tensor, "B L"]:
     before = pad(sequences.mask[:, :-1], (1, 0), value=False)
     return torch.where(sequences.mask & before, log_probs, 0.0)
-
-
-def collate(rows: Sequence[Mapping[str, Any]], role: str, pad_token_id: int) -> Sequences:
-    """The sequences of one role, from rows of `<role>.prompt_ids` and `<role>.completion_ids`."""
-    prompts = [torch.tensor(row[f"{role}.prompt_ids"], dtype=torch.long) for row in rows]
-    completions = [torch.tensor(row[f"{role}.completion_ids"], dtype=torch.long) for row in rows]
-
-    def padded(ids: list[Tensor], value: int | bool, side: str) -> Tensor:
-        return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=value, padding_side=side)
-
-    ones = (
-        [torch.ones_like(ids, dtype=torch.bool) for ids in prompts],
-        [torch.ones_like(ids, dtype=torch.bool) for ids in completions],
-    )
-    return Sequences(
-        padded(prompts, pad_token_id, "left"),
-        padded(ones[0], False, "left"),
-        padded(completions, pad_token_id, "right"),
-        padded(ones[1], False, "right"),
-    )

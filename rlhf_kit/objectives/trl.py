@@ -10,16 +10,14 @@ from rlhf_kit.config import Config
 
 
 class TrlObjective(Config):
-    """What TRL's trainer is given, in its own words; whatever else it takes goes into `trainer.args`."""
+    """What TRL's trainer is given, in its own words; whatever else it takes goes into `trainer.args`.
 
-    columns: ClassVar[tuple[str, ...]]
+    `columns_read` are the columns that a row must have.
+    """
+
+    columns_read: ClassVar[tuple[str, ...]]
 
     type: str
-
-    @property
-    def columns_read(self) -> tuple[str, ...]:
-        """The columns that a row must have."""
-        return self.columns
 
     def args(self) -> dict[str, Any]:
         """TRL's arguments."""
@@ -30,7 +28,7 @@ class Dpo(TrlObjective):
     """Direct preference optimisation (arXiv 2305.18290) and its relatives: any of TRL's `loss_type`s, or their sum
     with `loss_weights`."""
 
-    columns: ClassVar = ("prompt", "chosen", "rejected")
+    columns_read: ClassVar = ("prompt", "chosen", "rejected")
 
     type: Literal["dpo"]
     beta: NonNegativeFloat = 0.1
@@ -46,7 +44,7 @@ class Dpo(TrlObjective):
 class Kto(TrlObjective):
     """Kahneman-Tversky optimisation (arXiv 2402.01306) on single completions with a label."""
 
-    columns: ClassVar = ("prompt", "completion", "label")
+    columns_read: ClassVar = ("prompt", "completion", "label")
 
     type: Literal["kto"]
     beta: NonNegativeFloat = 0.1

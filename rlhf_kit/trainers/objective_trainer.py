@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from rlhf_kit.data.outcomes import collate_outcomes
 from rlhf_kit.models.scorer import Scorer
 from rlhf_kit.models.sequences import (
     Sequences,
     chosen_tokens,
-    collate,
     contrast_tokens,
     distributions,
     joined,
@@ -113,7 +113,10 @@ class ObjectiveTrainer(Trainer):
             yield self.reference.model
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        batch: Batch = {role: vars(collate(rows, role, self._pad)) for role in self.objective.roles}
+        batch: Batch = {}
+        for role in self.objective.roles:
+            ids = [{name: row[f"{role}.{name}"] for name in ("prompt_ids", "completion_ids")} for row in rows]
+            batch[role] = collate_outcomes(ids, self._pad)
         numbers = {name: torch.tensor([float(row[name]) for row in rows]) for name in self.objective.numbers}
         return {**batch, "numbers": numbers}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,13 +10,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from rlhf_kit.models.adapters import active_adapter, adapter_parameters, add_adapter_copy
+from rlhf_kit.models.adapters import adapter_parameters, add_adapter_copy
 from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.models.critic import CriticModel, ValueHead
 from rlhf_kit.models.ema import MovingAverage
 from rlhf_kit.models.joint import add_joint_prm
 from rlhf_kit.models.loading import load_copy
-from rlhf_kit.models.scorer import Scorer, adapter_scorer, add_log_prob_head
+from rlhf_kit.models.scorer import Scorer, adapter_scorer, add_log_prob_head, base_scorer
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.implicit_prm import ImplicitPrm
 from rlhf_kit.rollout import RewardSource
@@ -44,7 +43,7 @@ def build_critic(
 def reference_of(policy: PreTrainedModel | PeftModel, context: BuildContext) -> Scorer:
     """The policy's initial weights: its base model with LoRA, else a frozen second copy."""
     if isinstance(policy, PeftModel):
-        return Scorer(policy, [], partial(active_adapter, policy, None))
+        return base_scorer(policy)
     return Scorer(_copy_of(policy, context), [])
 
 

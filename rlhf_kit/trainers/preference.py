@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 from datasets import Dataset
@@ -20,14 +19,14 @@ from rlhf_kit.data.config import DataConfig
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.outcomes import encode_row
 from rlhf_kit.errors import RunError
-from rlhf_kit.models.adapters import active_adapter
-from rlhf_kit.models.loading import load_copy, load_model, load_tokenizer
-from rlhf_kit.models.scorer import Scorer, add_log_prob_head
+from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.objectives.base import Objective
 from rlhf_kit.objectives.trl import Dpo, TrlObjective
 from rlhf_kit.trainers.config import Preference
 from rlhf_kit.trainers.export import export_model
 from rlhf_kit.trainers.objective_trainer import ObjectiveTrainer
+from rlhf_kit.trainers.offline import check_columns, reference_scorer
 from rlhf_kit.trainers.setup import StageRun, build_args, train
 
 
@@ -61,7 +60,8 @@ def _objective_trainer(
     model = load_model(stage.model)
     disable_dropout_in_model(cast(nn.Module, model))
     add_log_prob_head(model)
-    reference = _reference(stage, model, args) if objective.needs & {"reference", "kl"} else None
+    needed = objective.needs & {"reference", "kl"}
+    reference = reference_scorer(model, stage.model, stage.reference, args.device) if needed else None
     return ObjectiveTrainer(
         objective=objective,
         reference=reference,
@@ -72,15 +72,6 @@ def _objective_trainer(
         eval_dataset=eval_data,
         callbacks=list(run.callbacks),
     )
-
-
-def _reference(stage: Preference, model: Any, args: TrainingArguments) -> Scorer:
-    """The model as it starts: under LoRA its base, else a frozen copy; or the model that the recipe names."""
-    if isinstance(model, PeftModel) and stage.reference is None:
-        return Scorer(model, [], partial(active_adapter, model, None))
-    copy = load_copy(stage.reference or stage.model)
-    add_log_prob_head(copy)
-    return Scorer(cast(nn.Module, copy).to(args.device), [])
 
 
 def _trl_trainer(
@@ -112,23 +103,14 @@ def _trl_trainer(
 def _columns(config: DataConfig, columns: tuple[str, ...], objective: str) -> Dataset:
     """The columns that an objective reads."""
     data = load_data(config)
-    _check_columns(data, columns, objective)
+    check_columns(data, columns, objective)
     return data.select_columns(list(columns))
-
-
-def _check_columns(data: Dataset, columns: tuple[str, ...], objective: str) -> None:
-    missing = [name for name in columns if name not in data.column_names]
-    if missing:
-        raise RunError(
-            f"objective {objective} learns from {', '.join(columns)}, and the data have no {' and no '.join(missing)}, "
-            f"only {', '.join(data.column_names)}: name them in `columns` of the data"
-        )
 
 
 def _encoded(config: DataConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows of `<role>.prompt_ids` and `<role>.completion_ids` for every role, and the objective's numbers."""
     data = load_data(config)
-    _check_columns(data, objective.columns_read, objective.type)
+    check_columns(data, objective.columns_read, objective.type)
     rows = []
     for number, row in enumerate(data.to_list(), start=1):
         try:

@@ -24,12 +24,12 @@ from rlhf_kit.data.load import Sampler, load_data
 from rlhf_kit.data.outcomes import OutcomeRows, collate_outcomes, encode_outcomes
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import auc
-from rlhf_kit.models.adapters import active_adapter
 from rlhf_kit.models.config import Scratch
-from rlhf_kit.models.loading import load_copy, load_model, load_tokenizer
-from rlhf_kit.models.scorer import Scorer, add_log_prob_head, token_outputs
+from rlhf_kit.models.loading import load_model, load_tokenizer
+from rlhf_kit.models.scorer import Scorer, add_log_prob_head, base_scorer, token_outputs
 from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.export import export_model, write_prm_record
+from rlhf_kit.trainers.offline import check_columns, reference_scorer
 from rlhf_kit.trainers.sampling import sample_completions
 from rlhf_kit.trainers.setup import StageRun, build_args, train
 from rlhf_kit.trainers.step_detection import detect_first_errors, without_evaluated_problems
@@ -150,12 +150,7 @@ def _load(stage: Reward, config: DataConfig, sampler: Sampler) -> Dataset:
     """The columns that the objective learns from, less the problems that `step_evaluation` judges."""
     data = without_evaluated_problems(stage, load_data(config, sampler))
     columns = PAIR if stage.objective in ("dpo", "nca") else LABELLED
-    missing = [name for name in columns if name not in data.column_names]
-    if missing:
-        raise RunError(
-            f"objective {stage.objective} learns from {', '.join(columns)}, and the data have no "
-            f"{' and no '.join(missing)}, only {', '.join(data.column_names)}: name them in `columns` of the data"
-        )
+    check_columns(data, columns, stage.objective)
     kept = [name for name in (*columns, "completion_ids") if name in data.column_names]
     return data.select_columns(kept if stage.objective == "ce" else list(columns))
 
@@ -199,8 +194,7 @@ def _ce_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase
     model = load_model(stage.model)
     disable_dropout_in_model(cast(nn.Module, model))
     add_log_prob_head(model)
-    base = isinstance(model, PeftModel) and stage.reference is None
-    reference = _base(cast(PeftModel, model)) if base else _frozen(stage, args.device)
+    reference = reference_scorer(model, stage.model, stage.reference, args.device)
     evaluates = stage.eval_data is not None and args.eval_strategy != "no"
     sampler = _sampler(run)
     trainer = OutcomeTrainer(
@@ -240,7 +234,7 @@ def _trl_trainer(
     model = load_model(stage.model)
     shared = isinstance(model, PeftModel) and stage.reference is None
     evaluates = stage.eval_data is not None and args.eval_strategy != "no"
-    frozen = None if shared else _frozen(stage, args.device, head=False)
+    frozen = None if shared else _frozen(stage, args.device)
     sampler = _sampler(run)
     trainer = trainer_class(
         model=model,
@@ -251,25 +245,16 @@ def _trl_trainer(
         processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )
-    return trainer, _base(cast(PeftModel, model)) if frozen is None else frozen
+    return trainer, base_scorer(cast(PeftModel, model)) if frozen is None else frozen
 
 
 # --- reference ---
 
 
-def _base(model: PeftModel) -> Scorer:
-    """The PRM without its adapter."""
-    return Scorer(model, [], partial(active_adapter, model, None))
-
-
-def _frozen(stage: Reward, device: torch.device, head: bool = True) -> Scorer:
+def _frozen(stage: Reward, device: torch.device) -> Scorer:
     """A model of its own; TRL's trainers add the head themselves, and divide it as they do the PRM."""
     config = (stage.reference or stage.model).model_copy(update={"peft": None})
-    if not head:
-        return Scorer(cast(nn.Module, load_model(config)).requires_grad_(False).eval().to(device), [])
-    model = load_copy(config)
-    add_log_prob_head(model)
-    return Scorer(cast(nn.Module, model).to(device), [])
+    return Scorer(cast(nn.Module, load_model(config)).requires_grad_(False).eval().to(device), [])
 
 
 def _reference_path(stage: Reward) -> str:

@@ -177,9 +177,8 @@ class Scoring:
                 than its `max_failure_rate` of the rows.
         """
         failed = [(scores.rewards[source.name].status == Status.FAILED).sum() for source in self.sources]
-        counts = self._ranks.sum(torch.stack([judged.sum(), *failed]).float())
-        anything, *failures = counts.tolist()
-        rows = len(self._ranks.all_rows(judged))
+        here = torch.stack([torch.ones_like(judged).sum(), judged.sum(), *failed])
+        rows, anything, *failures = (int(count) for count in self._ranks.sum(here.float()).tolist())
         if self._count("", not anything) >= FAILURE_LIMIT:
             raise RunError(
                 f"no reward source judged any completion of the last {FAILURE_LIMIT} rollouts ("
@@ -190,7 +189,7 @@ class Scoring:
             if self._count(source.name, count / rows > config.max_failure_rate) >= FAILURE_LIMIT:
                 raise RunError(
                     f"reward source '{source.name}' failed in more than {config.max_failure_rate:.0%} of the "
-                    f"completions of {FAILURE_LIMIT} rollouts in a row ({int(count)} of {rows} in the last): see the "
+                    f"completions of {FAILURE_LIMIT} rollouts in a row ({count} of {rows} in the last): see the "
                     "warnings above for why; mend its server or its model and start the same command again, or raise "
                     "max_failure_rate"
                 )

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_kit.data.outcomes import collate_outcomes
 from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.models.sequences import (
     Sequences,
     chosen_tokens,
-    collate,
     contrast_tokens,
     distributions,
     joined,
@@ -23,10 +23,14 @@ from rlhf_kit.models.sequences import (
 ROWS = [([4, 5, 9], [6, 7, 2]), ([8], [5, 2]), ([4, 4], [2])]
 
 
+def padded(rows: list[tuple[list[int], list[int]]]) -> Sequences:
+    ids = [{"prompt_ids": prompt, "completion_ids": completion} for prompt, completion in rows]
+    return Sequences(**collate_outcomes(ids, 0))
+
+
 @pytest.fixture
 def sequences() -> Sequences:
-    rows = [{"y.prompt_ids": prompt, "y.completion_ids": completion} for prompt, completion in ROWS]
-    return collate(rows, "y", 0)
+    return padded(ROWS)
 
 
 def row_by_row(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -43,7 +47,7 @@ def test_collation_pads_prompts_left_and_completions_right(sequences: Sequences)
 
 
 def test_joining_pads_to_one_width_and_changes_nothing_else(sequences: Sequences) -> None:
-    small = collate([{"y.prompt_ids": [8], "y.completion_ids": [5, 2]}], "y", 0)
+    small = padded([([8], [5, 2])])
     both = joined([small, sequences], 0)
     assert both.prompt_ids.shape == both.completion_ids.shape == (4, 3)
     for parts, alone in ((0, small), (slice(1, None), sequences)):
