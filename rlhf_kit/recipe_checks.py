@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_kit.data.config import (
+    DataBase,
     Gsm8kSolutions,
     Jsonl,
     Parquet,
@@ -32,7 +33,6 @@ from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, check_batch
 from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Stage
 
-GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 PROCESS_ESTIMATORS = ("prime", "min_form")
 FIRST_TRANSFORMERS_WITH_TOOLS = (5, 13)
 RESERVED_NAMES = ("kl", "truncation", "critic", "default", "ema")  # the kit's penalties and adapters
@@ -109,7 +109,7 @@ def _patterns(stage: Ppo) -> Iterator[Problem]:
 def _estimator(stage: Ppo) -> Iterator[Problem]:
     credit, group = stage.credit, argument(stage, "num_generations")
     path = "trainer.args.num_generations"
-    if group < 2 and credit.estimator in GROUP_ESTIMATORS:
+    if group < 2 and credit.compares_completions:
         remedy = "write at least 2, or use credit.estimator gae or reinforce"
         yield Problem(path, f"credit.estimator {credit.estimator} compares completions of a prompt", group, remedy)
     elif group < 2 and credit.scale == "group":
@@ -317,17 +317,20 @@ def _files(stage: Stage, earlier: Collection[Path], recipe_path: Path) -> Iterat
         yield Problem(path, "no such model folder" if is_model else "no such file", value, remedy)
 
 
+def _data_paths(field: str, data: DataBase) -> Iterator[tuple[str, str, bool]]:
+    if isinstance(data, Sampled):
+        yield f"{field}.model", data.model, True
+    if isinstance(data, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
+        yield f"{field}.path", data.path, False
+    for name, part in data.parts.items():
+        yield from _data_paths(f"{field}.{name}", part)
+
+
 def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
     """Every file or model that the stage reads, as (field, value, whether it is a model)."""
     for field in ("data", "eval_data"):
-        data = getattr(stage, field)
-        if isinstance(data, Sampled):
-            yield f"{field}.model", data.model, True
-            field, data = f"{field}.prompts", data.prompts
-        if isinstance(data, Perturbed):
-            field, data = f"{field}.texts", data.texts
-        if isinstance(data, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
-            yield f"{field}.path", data.path, False
+        if (data := getattr(stage, field)) is not None:
+            yield from _data_paths(field, data)
     if not isinstance(stage.model, Scratch):
         yield "model.path", stage.model.path, True
         if stage.model.tokenizer:

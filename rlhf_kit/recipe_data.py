@@ -14,6 +14,7 @@ from rlhf_kit.data.config import (
     Gsm8kSolutions,
     Jsonl,
     Marketplace,
+    Mixed,
     Parquet,
     Perturbed,
     QaFeedback,
@@ -78,6 +79,13 @@ def _columns(config: DataConfig) -> tuple[str, ...] | Problem:
             remedy = f"the columns are {listed(columns)}"
             return Problem("column", "there is no such column to edit", config.column, remedy)
         return ("prompt", "text", "spans", "edit") if columns else ()
+    if isinstance(config, Mixed):
+        rows, replay = _columns(config.rows), _columns(config.replay)
+        if isinstance(rows, Problem):
+            return rows.under("rows")
+        if isinstance(replay, Problem):
+            return replay.under("replay")
+        return tuple(name for name in rows if name in replay)
     if isinstance(config, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
         path = Path(config.path)
         if not path.is_file() or path.stat().st_size > LARGEST_FILE:

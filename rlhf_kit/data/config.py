@@ -34,6 +34,11 @@ class DataBase(Config):
             raise ValueError("system is the first message of a conversation: it needs chat: true")
         return self
 
+    @property
+    def parts(self) -> dict[str, DataBase]:
+        """The data sets that it is made from, by field."""
+        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), DataBase)}
+
 
 class Jsonl(DataBase):
     """A JSON-lines file (also `.json` with a list, also `.gz`)."""
@@ -201,6 +206,19 @@ class Perturbed(DataBase):
     seed: int = 0
 
 
+class Mixed(DataBase):
+    """Experience replay (DICE, arXiv 2406.09760): `rows`, and of `replay` as many that they are `share` of the whole.
+
+    Rows to replay whose prompt is among `rows` are left out. The mixture has the columns that both have.
+    """
+
+    type: Literal["mixed"]
+    rows: PromptConfig
+    replay: PromptConfig
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    seed: int = 0
+
+
 PromptConfig = Annotated[
     Jsonl
     | Parquet
@@ -216,6 +234,7 @@ PromptConfig = Annotated[
 ]
 Sampled.model_rebuild()
 Perturbed.model_rebuild()
+Mixed.model_rebuild()
 DataConfig = Annotated[
     Jsonl
     | Parquet
@@ -228,6 +247,7 @@ DataConfig = Annotated[
     | Marketplace
     | ReasoningGym
     | Sampled
-    | Perturbed,
+    | Perturbed
+    | Mixed,
     Field(discriminator="type"),
 ]

@@ -22,6 +22,7 @@ from rlhf_kit.data.config import (
     Hub,
     Jsonl,
     Marketplace,
+    Mixed,
     Parquet,
     Perturbed,
     QaFeedback,
@@ -35,6 +36,7 @@ from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
 from rlhf_kit.data.marketplace import marketplace
 from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
+from rlhf_kit.data.mixing import with_replay
 from rlhf_kit.data.perturbations import perturbed_rows
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.tool_tasks import tool_arithmetic
@@ -82,6 +84,8 @@ def _source(config: DataConfig) -> str:
         return f"sampled data, from {_source(config.prompts)}"
     if isinstance(config, Perturbed):
         return f"perturbed data, from {_source(config.texts)}"
+    if isinstance(config, Mixed):
+        return f"{_source(config.rows)} with replay of {_source(config.replay)}"
     if isinstance(config, RunningSums | ToolArithmetic | Marketplace):
         return config.type
     return config.task if isinstance(config, ReasoningGym) else config.path
@@ -143,6 +147,14 @@ def _read_perturbed(config: Perturbed) -> Dataset:
     return _dataset(rows, _source(config))
 
 
+def _read_mixed(config: Mixed) -> Dataset:
+    rows, replay = load_data(config.rows).to_list(), load_data(config.replay).to_list()
+    try:
+        return _dataset(with_replay(rows, replay, config.share, config.seed), _source(config))
+    except ValueError as error:
+        raise ValueError(f"{_source(config)}: {error}") from error
+
+
 def _read_running_sums(config: RunningSums) -> Dataset:
     rows = running_sums(config.size, config.terms, config.modulus, config.seed, config.largest, config.multiplier)
     return _dataset(rows, "running_sums")
@@ -170,6 +182,7 @@ READERS: Mapping[type[DataBase], Callable[[Any], Dataset]] = {
     QaFeedback: _read_json,
     ToxicSpans: _read_toxic_spans,
     Perturbed: _read_perturbed,
+    Mixed: _read_mixed,
     RunningSums: _read_running_sums,
     ToolArithmetic: _read_tool_arithmetic,
     Marketplace: _read_marketplace,
