@@ -134,6 +134,11 @@ class Credit(Config):
     step_pattern: str = r"\n"
     kl: Kl = Kl()
 
+    @property
+    def compares_completions(self) -> bool:
+        """Whether an advantage depends on the other completions of the prompt."""
+        return self.estimator in ("rloo", "group", "prime", "min_form")
+
 
 class Critic(Config):
     """The value function of `gae`: a linear head on the policy's last hidden state, or a model of its own.

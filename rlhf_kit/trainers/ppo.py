@@ -15,14 +15,12 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
 from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
 from rlhf_kit.data.tools import TOOLS
-from rlhf_kit.errors import RunError
 from rlhf_kit.evals.accuracy import greedy_scores
 from rlhf_kit.models.critic import add_critic, values_of_completion
 from rlhf_kit.models.scorer import rollout_outputs
@@ -40,6 +38,7 @@ from rlhf_kit.trainers.ppo_parts import (
     critic_parameters,
     join_prm,
     reference_of,
+    refuse_what_cannot_run,
     regroup,
 )
 from rlhf_kit.trainers.ppo_state import load_state, save_state
@@ -48,8 +47,6 @@ from rlhf_kit.trainers.rollouts import Ranks, build_rollout, decoded, masked_by,
 from rlhf_kit.trainers.scoring import Scores, Scoring
 from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, Generated, Row
 from rlhf_kit.trainers.update_guard import UpdateGuard
-
-GROUP_ESTIMATORS = ("rloo", "group", "prime", "min_form")
 
 
 class PpoTrainer(CreditTrainer):
@@ -111,7 +108,7 @@ class PpoTrainer(CreditTrainer):
             add_critic(policy, build_critic(self.critic_config, policy, config.model))
         self.joint_prm = join_prm(policy, self.model, self.scoring.sources)
         self._joint_prm_learns = False
-        self._refuse_what_cannot_run()
+        refuse_what_cannot_run(self)
         self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
         self.guard = UpdateGuard(config.max_skipped_steps, self.ranks)
         self.evaluations: list[tuple[int, float]] = []
@@ -237,7 +234,7 @@ class PpoTrainer(CreditTrainer):
 
     def _episode(self, rollout: Rollout, scores: Scores, truncated: Tensor, state_values: Tensor | None) -> Episode:
         mask, valid = self.ranks.all_rows(rollout.action_mask), self.ranks.all_rows(scores.valid)
-        if self.config.credit.estimator in GROUP_ESTIMATORS:
+        if self.config.credit.compares_completions:
             crowd = valid.view(-1, rollout.group_size).sum(dim=1).repeat_interleave(rollout.group_size)
             scores.metrics["credit/small_groups"] = ((crowd == 1) & valid).float().mean().item()
             valid = valid & (crowd > 1)
@@ -342,29 +339,6 @@ class PpoTrainer(CreditTrainer):
         load_state(self, folder)
 
     # -- parts ------------------------------------------------------------------------------------------------------
-
-    def _refuse_what_cannot_run(self) -> None:
-        prompts = int(self.args.generation_batch_size or 0) // self.num_generations
-        if len(self.train_dataset) < prompts:
-            raise RunError(
-                f"data: {len(self.train_dataset)} prompts are fewer than the {prompts} of one rollout, so that there "
-                "would be no update; give more (size, limit), or lower per_device_train_batch_size"
-            )
-        warms_up = self.critic_config is not None and self.critic_config.warmup_steps > 0
-        if self.is_deepspeed_enabled and (warms_up or (self.joint_prm is not None and self.num_iterations > 1)):
-            raise RunError(
-                "DeepSpeed applies a gradient as soon as it is whole, so no part of the policy can rest: write "
-                "critic.warmup_steps: 0, and online.order: before_scoring or num_iterations: 1, or launch without it"
-            )
-
-        rounds = is_deepspeed_zero3_enabled()
-        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
-        if self.config.tools and self.accelerator.num_processes > 1 and (rounds or server):
-            raise RunError(
-                "tools: conversations of different lengths would let processes wait for each other for ever under "
-                "ZeRO-3 and with a vLLM that they share: launch with zero2 or ddp, and write vllm_mode: colocate and "
-                "vllm_tensor_parallel_size: 1"
-            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimiser, with the critic and a joint PRM in groups of their own learning rates."""

@@ -1,15 +1,17 @@
-"""What PPO puts beside a policy: a reference, a moving average, a critic, a PRM in the same forward."""
+"""What PPO puts beside a policy: a reference, a moving average, a critic, a PRM in the same forward; what cannot be."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from rlhf_kit.errors import RunError
 from rlhf_kit.models.adapters import adapter_parameters, add_adapter_copy
 from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.models.critic import CriticModel, ValueHead
@@ -21,6 +23,9 @@ from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.implicit_prm import ImplicitPrm
 from rlhf_kit.rollout import RewardSource
 from rlhf_kit.trainers.config import Critic
+
+if TYPE_CHECKING:
+    from rlhf_kit.trainers.ppo import PpoTrainer
 
 
 def build_critic(
@@ -104,3 +109,31 @@ class FollowPolicy(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
         self._average.update()
+
+
+def refuse_what_cannot_run(trainer: PpoTrainer) -> None:
+    """Say what only the launch and the data make impossible.
+
+    Raises:
+        RunError: too few prompts, a part that would rest under DeepSpeed, or tools that would block each other.
+    """
+    prompts = int(trainer.args.generation_batch_size or 0) // trainer.num_generations
+    if len(trainer.train_dataset) < prompts:
+        raise RunError(
+            f"data: {len(trainer.train_dataset)} prompts are fewer than the {prompts} of one rollout, so that there "
+            "would be no update; give more (size, limit), or lower per_device_train_batch_size"
+        )
+    warms_up = trainer.critic_config is not None and trainer.critic_config.warmup_steps > 0
+    if trainer.is_deepspeed_enabled and (warms_up or (trainer.joint_prm is not None and trainer.num_iterations > 1)):
+        raise RunError(
+            "DeepSpeed applies a gradient as soon as it is whole, so no part of the policy can rest: write "
+            "critic.warmup_steps: 0, and online.order: before_scoring or num_iterations: 1, or launch without it"
+        )
+    server = trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1)
+    several = trainer.accelerator.num_processes > 1
+    if trainer.config.tools and several and (is_deepspeed_zero3_enabled() or server):
+        raise RunError(
+            "tools: conversations of different lengths would let processes wait for each other for ever under "
+            "ZeRO-3 and with a vLLM that they share: launch with zero2 or ddp, and write vllm_mode: colocate and "
+            "vllm_tensor_parallel_size: 1"
+        )
