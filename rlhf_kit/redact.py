@@ -24,7 +24,7 @@ _EMPTY = {"", "null", "none", "~", "true", "false"}
 
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret."""
-    return re.fullmatch(_NAME, name, re.IGNORECASE) is not None
+    return name.lower() == "authorization" or re.fullmatch(_NAME, name, re.IGNORECASE) is not None
 
 
 def redact(text: str) -> str:

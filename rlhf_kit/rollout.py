@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -132,6 +132,33 @@ class TokenRewards:
     metrics: Mapping[str, float] = field(default_factory=dict)
     spans: Sequence[Sequence[Span]] = ()
 
+    def row(self, index: int) -> TokenRewards:
+        """What was given to one row; the metrics stay those of all."""
+        part = slice(index, index + 1)
+        return replace(self, tokens=self.tokens[part], status=self.status[part], spans=self.spans[part])
+
+
+class Metered(Protocol):
+    """A judge that counts what it uses: requests, tokens, money.
+
+    Attributes:
+        remote: it works in another process, and a question that was asked goes on without this one.
+    """
+
+    remote: bool
+
+    def metrics(self) -> Mapping[str, float]:
+        """Amounts used since this was asked last."""
+        ...
+
+    def used(self) -> Mapping[str, float]:
+        """Amounts used in all, by this process."""
+        ...
+
+    def resume(self, used: Mapping[str, float]) -> None:
+        """Go on from what was used before this process began."""
+        ...
+
 
 class RewardSource(ABC):
     """Anything that gives rewards to the tokens of a rollout.
@@ -142,12 +169,20 @@ class RewardSource(ABC):
             its parts. Estimators that treat the two differently (PRIME, Eq. 5) ask for this.
         needs: the log-probabilities that must be in `Rollout.logprobs`.
         needs_outcomes: it looks at `Rollout.outcomes`, so that it cannot begin before the outcome sources have scored.
+        reads_rewards: its `loss` reads `Rollout.rewards`, so that the sources before it must have scored.
     """
 
     name: str
     kind: Literal["outcome", "process"] = "process"
     needs: frozenset[str] = frozenset()
     needs_outcomes: bool = False
+    reads_rewards: bool = False
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether others work for it, so that what this process computes for other sources comes first."""
+        judges = self.judges().values()
+        return bool(judges) and all(judge.remote for judge in judges)
 
     def begin(self, rollout: Rollout) -> None:
         """Start what can go on while models score, such as requests to a server; `score` waits for it.
@@ -171,6 +206,10 @@ class RewardSource(ABC):
     def observe(self, outcomes: Float[Tensor, "N"]) -> None:
         """Take note of the outcomes of all ranks, before `loss` is asked for."""
         return
+
+    def judges(self) -> Mapping[str, Metered]:
+        """The judges that it asks, by what their amounts are called in the log; those are added up over ranks."""
+        return {}
 
     def trainable_parameters(self) -> list[Parameter]:
         """The parameters that `loss` trains."""

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_kit.judges.parsing import has_whole_object
 from rlhf_kit.rollout import Message
+
+CUT_OFF = "the answer was cut off at its longest length: raise the judge's max_tokens"
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,24 @@ class Answer:
     error: str | None = None
 
 
+def cut_answer(text: str, question: Question) -> Answer:
+    """An answer that ended at `max_tokens`: an error, unless JSON was asked for and an object of it is whole.
+
+    Small models write on behind the object; what is cut of that is no part of the answer.
+    """
+    if question.schema is not None and has_whole_object(text):
+        return Answer(text=text)
+    return Answer(error=CUT_OFF)
+
+
 class Judge(ABC):
-    """Answers questions; a question that fails gets an `Answer` with an error, never an exception."""
+    """Answers questions; a question that fails gets an `Answer` with an error, never an exception.
+
+    Attributes:
+        remote: it works in another process, from when it is asked.
+    """
+
+    remote = False
 
     @abstractmethod
     def ask(self, questions: Sequence[Question]) -> Callable[[], list[Answer]]:
@@ -54,3 +73,11 @@ class Judge(ABC):
     def metrics(self) -> dict[str, float]:
         """Calls, tokens, cache hits and the like since this was asked last."""
         return {}
+
+    def used(self) -> dict[str, float]:
+        """What counts against its budget, in all."""
+        return {}
+
+    def resume(self, used: Mapping[str, float]) -> None:
+        """Go on from what a run had used before it was stopped."""
+        return

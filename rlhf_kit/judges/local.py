@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from rlhf_kit.config import Config
 from rlhf_kit.data.messages import dialogue_text
-from rlhf_kit.judges.base import Answer, Judge, Question
+from rlhf_kit.judges.base import Answer, Judge, Question, cut_answer
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.problems import Problem
 from rlhf_kit.rollout import Message, Text
@@ -97,7 +97,8 @@ class LocalJudge(Judge):
     """Asks a model in this process, in batches of prompts of similar length.
 
     A prompt that does not fit the model's positions is an error, and so are choices that begin with the same token:
-    what is cut off could be the question. A question's `schema` is not used: the model writes what it writes.
+    what is cut off could be the question. A question's `schema` is not used: the model writes what it writes. An answer
+    that is not done within `max_tokens` is an error too (`cut_answer`).
     """
 
     def __init__(self, model: InProcess, max_tokens: int = 256, temperature: float = 0.0, batch_size: int = 16) -> None:
@@ -141,8 +142,9 @@ class LocalJudge(Judge):
                     tokens = self.first_tokens(questions[place].choices)
                     answers[place] = Answer(log_probs=[row[ids].logsumexp(0).item() for ids in tokens])
             for batch in self._batches(written, prompts):
-                texts = self._write(model, [prompts[place][0] for place in batch])
-                answers.update({place: Answer(text=text) for place, text in zip(batch, texts, strict=True)})
+                answered = self._write(model, [prompts[place][0] for place in batch])
+                for place, (text, ended) in zip(batch, answered, strict=True):
+                    answers[place] = Answer(text=text) if ended else cut_answer(text, questions[place])
         errors = Counter(answer.error for answer in answers.values() if answer.error is not None)
         if errors:
             said = "; ".join(f"{count} times: {error}" for error, count in errors.most_common(SHOWN_ERRORS))
@@ -185,8 +187,9 @@ class LocalJudge(Judge):
         for start in range(0, len(ordered), self._batch_size):
             yield ordered[start : start + self._batch_size]
 
-    def _write(self, model: PreTrainedModel, prompts: list[Text]) -> list[str]:
-        from rlhf_kit.models.generation import generate_ids
+    def _write(self, model: PreTrainedModel, prompts: list[Text]) -> list[tuple[str, bool]]:
+        """The text that answers each prompt, and whether the model ended it."""
+        from rlhf_kit.models.generation import eos_token_ids, generate_ids
 
         tokenizer: Any = self.model.tokenizer
         ids = generate_ids(
@@ -199,7 +202,9 @@ class LocalJudge(Judge):
             synced_gpus=False,
         )
         self._counts["completion_tokens"] += sum(map(len, ids))
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ends = set(eos_token_ids(model, tokenizer))
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [(text, bool(ends.intersection(row[-1:]))) for text, row in zip(texts, ids, strict=True)]
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:

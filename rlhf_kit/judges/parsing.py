@@ -50,6 +50,11 @@ def json_answer(text: str, required: Collection[str], data: Sequence[str] = ()) 
     return answers[-1] if answers else None
 
 
+def has_whole_object(text: str) -> bool:
+    """Whether there is a JSON object in a text, strictly read."""
+    return any(isinstance(_decoded(piece), dict) for piece in _objects(text))
+
+
 def _with_keys(piece: str, required: Collection[str]) -> dict[str, Any] | None:
     value = _decoded(piece)
     if value is None and not any(_occurrences(key, piece) > 1 for key in required) and _is_whole(piece):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -35,12 +35,13 @@ class Server(Config):
     """Any server with OpenAI's chat completions, such as vLLM, llama.cpp, `transformers serve` or OpenAI's own.
 
     A request takes at most `timeout` seconds, a question at most `attempts` requests; time-outs, broken connections,
-    429 and 5xx are tried again, after what Retry-After asks for or exponential backoff with jitter. With a `cache`
-    every answer is recorded in this file (SQLite, on a disk of this machine), and a question that was asked before, of
-    the same model with the same messages, sampling and schema, gets the answer on record; with `replay_only` no other
-    question is asked. `structured` holds the model to JSON: to the question's schema, to any object, or by the prompt
-    alone; `auto` takes the first of these that the server accepts. `temperature` and `max_tokens` may be null, to send
-    none; `extra_body` is added to every request.
+    429 and 5xx are tried again, after what Retry-After asks for or exponential backoff with jitter. Questions that are
+    asked together have `deadline` seconds in all: other processes wait meanwhile, by default for half an hour, and
+    `hindsight` asks three times a rollout. With a `cache` every answer is recorded in this file (SQLite, on a disk of
+    this machine), and a question that was asked before, of the same model with the same messages, sampling and schema,
+    gets the answer on record; with `replay_only` no other question is asked. `structured` holds the model to JSON: to
+    the question's schema, to any object, or by the prompt alone; `auto` takes the first of these that the server
+    accepts. `temperature` and `max_tokens` may be null, to send none; `extra_body` is added to every request.
     """
 
     type: Literal["server"]
@@ -49,6 +50,7 @@ class Server(Config):
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: PositiveInt = 16
     timeout: PositiveFloat = 60.0
+    deadline: PositiveFloat = 500.0
     attempts: PositiveInt = 4
     budget: Budget = Budget()
     cache: Location | None = None
@@ -61,15 +63,13 @@ class Server(Config):
 
     def problems(self) -> Iterator[Problem]:
         """What cannot work."""
-        if "@" in self.base_url:
+        if "@" in self.base_url or any(map(is_secret, _query(self.base_url))):
             yield Problem("base_url", "holds a secret", remedy="put the key into the environment variable api_key_env")
         elif not _is_address(self.base_url):
             yield Problem("base_url", "is no http(s) address", self.base_url, "such as http://127.0.0.1:8000/v1")
-        for name in self.extra_body:
-            if is_secret(name):
-                yield Problem(
-                    f"extra_body.{name}", "is a secret", remedy="put it into the environment variable api_key_env"
-                )
+        for name in _secrets(self.extra_body):
+            remedy = "put it into the environment variable api_key_env"
+            yield Problem(f"extra_body.{name}", "is a secret", remedy=remedy)
         if self.replay_only and self.cache is None:
             yield Problem("cache", "replay_only answers from a cache, and there is none", remedy="name its file")
         if self.replay_only and self.cache is not None and not Path(self.cache).is_file():
@@ -96,6 +96,11 @@ class Server(Config):
         return ServerJudge(self)
 
 
+def _query(url: str) -> list[str]:
+    """The names in the query of an address."""
+    return [name for name, _ in parse_qsl(url.partition("?")[2])]
+
+
 def _is_address(text: str) -> bool:
     try:
         url = urlsplit(text)
@@ -104,12 +109,27 @@ def _is_address(text: str) -> bool:
     return url.scheme in ("http", "https") and bool(url.netloc)
 
 
+def _number(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default))
+
+
+def _secrets(body: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of the fields that hold a secret, however deep."""
+    items = body.items() if isinstance(body, Mapping) else enumerate(body) if isinstance(body, list | tuple) else ()
+    for name, value in items:
+        if is_secret(str(name)) and isinstance(value, str):
+            yield f"{prefix}{name}"
+        yield from _secrets(value, f"{prefix}{name}.")
+
+
 class ServerJudge(Judge):
     """Asks the server in the background; of identical questions at the same time only one is sent."""
 
+    remote = True
+
     def __init__(self, config: Server) -> None:
         self._config = config
-        self._usage = Usage(config.budget, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        self._usage = Usage(config.budget, rank=_number("RANK", 0), processes=_number("WORLD_SIZE", 1))
         self._cache = None if config.cache is None else AnswerCache(Path(config.cache))
         self._client: ChatClient | None = None
         if not config.replay_only:
@@ -136,6 +156,12 @@ class ServerJudge(Judge):
         (`cached`) or that have no answer (`failed`), and the seconds `waited`."""
         return self._usage.take()
 
+    def used(self) -> dict[str, float]:
+        return self._usage.total()
+
+    def resume(self, used: Mapping[str, float]) -> None:
+        self._usage.resume(used)
+
     def _body(self, question: Question) -> dict[str, Any]:
         """The request, but for the response format."""
         config = self._config
@@ -148,7 +174,7 @@ class ServerJudge(Judge):
         if question.choices:
             body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": config.top_logprobs}
         body = {name: value for name, value in body.items() if value is not None}
-        return body | ({"extra_body": config.extra_body} if config.extra_body else {})
+        return body | config.extra_body
 
     def _key(self, question: Question, body: Mapping[str, Any]) -> bytes:
         """Not of the address: a server may move. Of `structured` as the recipe has it: what `auto` finds may change."""
@@ -185,7 +211,7 @@ class ServerJudge(Judge):
             if asking is None:
                 from rlhf_kit.judges.client import Asking
 
-                asking = Asking()
+                asking = Asking(self._config.deadline)
             open_answers[key] = self._begin(self._client, question, body, key, asking)
         return asked
 

@@ -22,14 +22,14 @@ class Asking:
     """
 
     def __init__(self, judge: Judge, questions: Callable[[Rollout], list[Question]]) -> None:
-        self._judge = judge
+        self.judge = judge
         self._questions = questions
         self._begun: tuple[Sequence[str], Callable[[], list[Answer]]] | None = None
 
     def begin(self, rollout: Rollout) -> None:
         """Ask, so that a server can work meanwhile."""
         try:
-            self._begun = (rollout.texts, self._judge.ask(self._questions(rollout)))
+            self._begun = (rollout.texts, self.judge.ask(self._questions(rollout)))
         except Exception:  # it is raised again by `answers`, where the ranks agree on it
             self._begun = None
 
@@ -37,12 +37,12 @@ class Asking:
         """The answers to the rollout's questions; asks them unless `begin` has."""
         begun, self._begun = self._begun, None
         if begun is None or begun[0] is not rollout.texts:
-            return self._judge.ask(self._questions(rollout))()
+            return self.judge.ask(self._questions(rollout))()
         return begun[1]()
 
-    def metrics(self) -> Mapping[str, float]:
-        """The judge's own."""
-        return {f"judge/{name}": value for name, value in self._judge.metrics().items()}
+    def judges(self) -> Mapping[str, Judge]:
+        """See `RewardSource.judges`."""
+        return {"judge": self.judge}
 
 
 def judge_problems(judge: JudgeConfig) -> Iterator[Problem]:

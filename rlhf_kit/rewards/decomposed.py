@@ -140,6 +140,7 @@ class Decomposed(TextSource):
 
     def __init__(self, config: DecomposedConfig, body: Body, head: ValueHead) -> None:
         super().__init__(config)
+        self.reads_rewards = config.local is not None
         self.config = config
         self.body = body
         self.head = head

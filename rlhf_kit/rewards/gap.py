@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Literal
@@ -72,6 +72,9 @@ class Gap(RewardSource):
         self._prompt = prompt
         self._asking = Asking(judge, self._questions)
 
+    def judges(self) -> Mapping[str, Judge]:
+        return self._asking.judges()
+
     def begin(self, rollout: Rollout) -> None:
         self._asking.begin(rollout)
 
@@ -136,7 +139,7 @@ class Gap(RewardSource):
 
     def _metrics(self, biases: Sequence[float]) -> dict[str, float]:
         """`first_place`: how many log-odds the judge gives to whatever stands first."""
-        return {**({"first_place": fmean(biases)} if biases else {}), **self._asking.metrics()}
+        return {"first_place": fmean(biases)} if biases else {}
 
 
 def log_odds(answer: Answer) -> float:

@@ -7,7 +7,7 @@ comes of the decision (`rlhf_kit.rewards.simulated_user`), and only then rates t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from rlhf_kit.config import Config, Location
+from rlhf_kit.judges.base import Judge
 from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.prompts import fill, read_prompt
 from rlhf_kit.models.config import Pretrained, Scratch
@@ -138,6 +139,9 @@ class Hindsight(RewardSource):
         self._config = config
         self._user = user
         self._begun: tuple[Sequence[Text], Callable[[], dict[int, Lived | None]]] | None = None
+
+    def judges(self) -> Mapping[str, Judge]:
+        return self._user.judges()
 
     def begin(self, rollout: Rollout) -> None:
         """Ask for the decisions, which a server can take while models score."""

@@ -221,6 +221,9 @@ class LlmCritic(TextSource):
         self._examples = config.worked_examples(self._prompt)
         self._asking = Asking(judge, self._questions)
 
+    def judges(self) -> Mapping[str, Judge]:
+        return self._asking.judges()
+
     def begin(self, rollout: Rollout) -> None:
         """Send the questions; a judge on a server answers while models score."""
         self._asking.begin(rollout)
@@ -302,4 +305,4 @@ class LlmCritic(TextSource):
             quotes = len(placed) + dropped
             metrics |= {"quotes": quotes / len(readings), "dropped": dropped / quotes if quotes else 0.0}
             metrics |= {"good": sum(placed) / len(readings), "bad": (len(placed) - sum(placed)) / len(readings)}
-        return {**metrics, **self._asking.metrics()}
+        return metrics

@@ -118,6 +118,10 @@ class User(ABC):
         """What is worth logging since this was asked last."""
         return {}
 
+    def judges(self) -> Mapping[str, Judge]:
+        """See `RewardSource.judges`."""
+        return {}
+
 
 class RuleUser(User):
     """The marketplace's rule-based customer, who believes what is claimed (`rlhf_kit.data.customer`).
@@ -219,14 +223,13 @@ class JudgeUser(User):
         return preferred
 
     def metrics(self) -> dict[str, float]:
-        """The judge's and the world's own, and `position_bias`: how much likelier it is to choose what stands first."""
-        metrics = {f"judge/{name}": value for name, value in self.judge.metrics().items()}
-        if self.world is not None and self.world is not self.judge:
-            metrics |= {f"world/{name}": value for name, value in self.world.metrics().items()}
-        if self._bias:
-            metrics["position_bias"] = sum(self._bias) / len(self._bias)
-            self._bias = []
-        return metrics
+        """`position_bias`: how much likelier the judge is to choose what stands first."""
+        biases, self._bias = self._bias, []
+        return {"position_bias": sum(biases) / len(biases)} if biases else {}
+
+    def judges(self) -> Mapping[str, Judge]:
+        own = {} if self.world is None or self.world is self.judge else {"world": self.world}
+        return {"judge": self.judge, **own}
 
     def _decision(self, scene: Scene, labels: Sequence[str], order: int) -> Question:
         lines = [f"{label}: {decision}" for label, decision in zip(labels, scene.decisions, strict=True)]

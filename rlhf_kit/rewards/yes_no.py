@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Annotated, Literal
 
@@ -102,6 +102,9 @@ class YesNo(TextSource):
         self._prompt = prompt
         self._asking = Asking(judge, self._questions)
 
+    def judges(self) -> Mapping[str, Judge]:
+        return self._asking.judges()
+
     def begin(self, rollout: Rollout) -> None:
         self._asking.begin(rollout)
 
@@ -166,7 +169,7 @@ class YesNo(TextSource):
 
     def _metrics(self, margins: Sequence[Sequence[float] | None]) -> dict[str, float]:
         values = [value for row in margins if row is not None for value in row]
-        return {**({"yes": 0.5 + fmean(values)} if values else {}), **self._asking.metrics()}
+        return {"yes": 0.5 + fmean(values)} if values else {}
 
 
 def margin_of(answer: Answer) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -70,12 +70,10 @@ class RolloutLog:
             self._log_samples(rollout.step, self._samples(rollout, scores, episode, credited, truth))
 
     def _common(self, scores: Scores) -> dict[str, float]:
-        """The sources' own numbers, each averaged over the ranks that have it."""
-        by_name: dict[str, list[float]] = {}
-        for metrics in self._ranks.all_objects([dict(scores.metrics)]):
-            for name, value in metrics.items():
-                by_name.setdefault(name, []).append(value)
-        return {name: fmean(values) for name, values in by_name.items()}
+        """The sources' own numbers, each averaged over the ranks that have it, and amounts, added up over them."""
+        by_rank = self._ranks.all_objects([(scores.metrics, scores.totals)])
+        metrics = {name: fmean(values) for name, values in _by_name([own for own, _ in by_rank]).items()}
+        return metrics | {name: sum(values) for name, values in _by_name([totals for _, totals in by_rank]).items()}
 
     def _credit_metrics(self, scores: Scores, episode: Episode, credited: Credited) -> dict[str, float]:
         live = episode.live
@@ -235,3 +233,8 @@ def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in prompt)
+
+
+def _by_name(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    names = dict.fromkeys(name for of_rank in metrics for name in of_rank)
+    return {name: [of_rank[name] for of_rank in metrics if name in of_rank] for name in names}

@@ -44,7 +44,7 @@ from rlhf_kit.trainers.ppo_parts import (
 from rlhf_kit.trainers.ppo_state import load_state, save_state
 from rlhf_kit.trainers.resampling import Resampler
 from rlhf_kit.trainers.rollouts import Ranks, build_rollout, decoded, masked_by, truncated_rows
-from rlhf_kit.trainers.scoring import Scores, Scoring
+from rlhf_kit.trainers.scoring import RowScores, Scores, Scoring
 from rlhf_kit.trainers.trl_compat import Batch, CreditTrainer, Generated, Row
 from rlhf_kit.trainers.update_guard import UpdateGuard
 
@@ -112,6 +112,7 @@ class PpoTrainer(CreditTrainer):
         self.rollout_log = RolloutLog(config, self.processing_class, self.ranks, log_samples)
         self.guard = UpdateGuard(config.max_skipped_steps, self.ranks)
         self.evaluations: list[tuple[int, float]] = []
+        self._judged: list[RowScores] = []  # what is known of the next rollout's rows
 
     # -- rollout ----------------------------------------------------------------------------------------------------
 
@@ -124,15 +125,18 @@ class PpoTrainer(CreditTrainer):
             self.train_dataset, self.num_generations, band.max_rounds, self.generate_rows, self._in_band, self.ranks
         )
         seed = (self.args.seed * 1_000_003 + self.micro_step) * 1_009 + self.accelerator.process_index
-        rows, generated, rounds = resample(rows, seed)
+        rows, generated, self._judged, rounds = resample(rows, seed)
         self.log_metric("credit/resample_rounds", float(rounds))
         return rows, generated
 
-    def _in_band(self, rows: list[Row], generated: Generated) -> Tensor:
-        _, completion_ids, _, completions, *_ = generated
+    def _in_band(self, rows: list[Row], generated: Generated) -> tuple[Tensor, list[RowScores]]:
+        _, completion_ids, tool_masks, completions, *_ = generated
         mask = pad_sequence([torch.ones(len(ids), dtype=torch.bool) for ids in completion_ids], batch_first=True)
         ids = pad_sequence([torch.tensor(ids) for ids in completion_ids], batch_first=True)
         batch = {"completion_ids": ids, "completion_mask": mask, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}
+        if tool_masks is not None:
+            own = [torch.tensor(row) for row in tool_masks]
+            batch["tool_mask"] = pad_sequence(own, batch_first=True)
         rollout = self._rollout(batch, rows, [row["prompt"] for row in rows], completions)
         return self.scoring.local_band(decoded(self.processing_class, rollout))
 
@@ -146,11 +150,12 @@ class PpoTrainer(CreditTrainer):
         rollout = self._rollout(batch, rows, prompts, completions)
         decode = partial(decoded, self.processing_class, rollout)
         rollout = self.ranks.agreed("decoding of the completions", decode)
-        self.scoring.begin(rollout)
+        judged, self._judged = self._judged, []
+        self.scoring.begin(rollout, judged)
         truncated = truncated_rows(rollout, self.eos_token_ids, self.ended_by_stop_string)
         with torch.no_grad(), self.without_checkpointing(), self.accelerator.autocast():
             rollout, state_values = self._add_log_probs(rollout, batch.get("old_per_token_logps"))
-            scores = self.scoring.score_outcomes(rollout)
+            scores = self.scoring.score_outcomes(rollout, judged)
         if self.config.truncation.policy == "mask":
             scores.valid &= ~truncated
         with self.accelerator.autocast():
@@ -337,6 +342,12 @@ class PpoTrainer(CreditTrainer):
 
     def load_kit_state(self, folder: Path) -> None:
         load_state(self, folder)
+
+    def rank_state(self) -> dict[str, Any]:
+        return {"judges": self.scoring.used_by_judges()}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        self.scoring.resume_judges(state["judges"])
 
     # -- parts ------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Resampler:
         group_size: completions a prompt; this rank's rows must be whole groups.
         max_rounds: generations at most, the first included.
         generate: completions for rows, as TRL returns them: lists with one entry a row.
-        in_band: (rows,) of generated rows whose group is kept.
+        in_band: (rows,) of generated rows whose group is kept, and what is known of each row since it was judged.
         ranks: all ranks go through the same number of rounds, for generation waits for everyone.
     """
 
@@ -34,11 +34,15 @@ class Resampler:
     group_size: int
     max_rounds: int
     generate: Callable[[list[Row]], Generated]
-    in_band: Callable[[list[Row], Generated], Tensor]
+    in_band: Callable[[list[Row], Generated], tuple[Tensor, list[Any]]]
     ranks: Ranks
 
-    def __call__(self, rows: list[Row], seed: int) -> tuple[list[Row], Generated, int]:
-        """The rows that were kept, filled up with the last that were not; their completions; the rounds."""
+    def __call__(self, rows: list[Row], seed: int) -> tuple[list[Row], Generated, list[Any], int]:
+        """The rows that were kept, filled up with the last that were not; their completions; what is known; the rounds.
+
+        Raises:
+            RunError: the rows are no whole groups.
+        """
         if len(rows) % self.group_size:
             raise RunError(
                 f"accuracy_band.mode resample needs whole groups on each process, and {len(rows)} rows a process are "
@@ -52,17 +56,18 @@ class Resampler:
         while True:
             rounds += 1
             generated = self.generate(rows)
-            inside = self.in_band(rows, generated)
+            inside, known = self.in_band(rows, generated)
             for start in range(0, len(rows), self.group_size):
                 stop = start + self.group_size
-                group = (rows[start:stop], _rows_of(generated, start, stop))
+                group = (rows[start:stop], _rows_of((*generated, known), start, stop))
                 (kept if bool(inside[start]) else rejected).append(group)
             missing = torch.tensor([max(wanted - len(kept), 0)], device=inside.device)
             if rounds >= self.max_rounds or self.ranks.sum(missing).item() == 0:
                 break
             rows = self._draw(wanted, generator)
         chosen = [*kept[:wanted], *rejected[::-1]][:wanted]
-        return [row for group, _ in chosen for row in group], _concatenate([part for _, part in chosen]), rounds
+        *generated, known = _concatenate([part for _, part in chosen])
+        return [row for group, _ in chosen for row in group], tuple(generated), known, rounds
 
     def _draw(self, groups: int, generator: torch.Generator) -> list[Row]:
         indices = torch.randint(len(self.dataset), (groups,), generator=generator).tolist()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +13,7 @@ from torch import Tensor
 from rlhf_kit.credit import rloo
 from rlhf_kit.errors import RunError
 from rlhf_kit.rewards.config import SourceConfig
-from rlhf_kit.rollout import RewardSource, Rollout, Status, TokenRewards
+from rlhf_kit.rollout import Metered, RewardSource, Rollout, Status, TokenRewards
 from rlhf_kit.trainers.assign import WeightedRewards
 from rlhf_kit.trainers.config import AccuracyBand
 from rlhf_kit.trainers.online import OnlineUpdate
@@ -29,6 +30,7 @@ class Scores:
         outcomes: (B,) outcome labels in [0, 1], if a source gives them; 0 where not `labelled`.
         labelled: (B,) rows that have an outcome label.
         metrics: for the log.
+        totals: for the log as well: amounts that are added up over ranks.
     """
 
     rewards: dict[str, TokenRewards]
@@ -36,6 +38,7 @@ class Scores:
     outcomes: Float[Tensor, "B"] | None = None
     labelled: Bool[Tensor, "B"] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
 
     def given(self) -> dict[str, Float[Tensor, "B T"]]:
         """`Rollout.rewards`: NaN in a row that a source did not judge."""
@@ -43,6 +46,9 @@ class Scores:
             name: torch.where((rewards.status == Status.OK)[:, None], rewards.tokens, torch.nan)
             for name, rewards in self.rewards.items()
         }
+
+
+RowScores = Mapping[str, TokenRewards]  # of one row, by source
 
 
 class RunningScale:
@@ -82,7 +88,8 @@ class Scoring:
     """Asks every source, in the order in which they depend on each other.
 
     Outcome sources first: their labels drop prompts outside the accuracy band and teach the online sources, which
-    then score, with the others.
+    then score, with the others. Among the outcome sources, and among the others, those that only wait for a server come
+    last; what they all say is taken down in the order of the recipe.
 
     Attributes:
         failures: by source, the rollouts in a row in which too many of its rows failed; by "" those in which nothing
@@ -109,20 +116,33 @@ class Scoring:
         self._band = band
         self._ranks = ranks
 
-    def begin(self, rollout: Rollout) -> None:
-        """Let sources start what needs neither log-probabilities nor, before they are known, outcomes."""
-        ready = [source for source in self.sources if source.needs_outcomes == (rollout.outcomes is not None)]
+    def begin(self, rollout: Rollout, judged: Sequence[RowScores] = ()) -> None:
+        """Let sources start what needs neither log-probabilities nor, before they are known, outcomes.
+
+        Those that have `judged` the rows have nothing left to do.
+        """
+        at_work = [source for source in self.sources if not judged or source.name not in judged[0]]
+        ready = [source for source in at_work if source.needs_outcomes == (rollout.outcomes is not None)]
         if ready:
             self._ranks.agreed("a reward source", lambda: [source.begin(rollout) for source in ready])
 
-    def score_outcomes(self, rollout: Rollout) -> Scores:
-        """Outcome sources, the labels they give, and the rows that are left."""
+    def score_outcomes(self, rollout: Rollout, judged: Sequence[RowScores] = ()) -> Scores:
+        """Outcome sources, the labels they give, and the rows that are left.
+
+        A source that has `judged` the rows before, for the accuracy band, is not asked again.
+        """
         scores = Scores({}, valid=rollout.action_mask.any(dim=1))
         labels = []
-        for config, source in zip(self.configs, self.sources, strict=True):
-            if source.kind != "outcome":
-                continue
-            rewards = self._ask(config, source, rollout, scores)
+        found = {}
+        for _, source in self._in_turn("outcome"):
+            if judged and source.name in judged[0]:
+                whole = joined_rows([row[source.name] for row in judged], rollout)
+                found[source.name] = self._without_broken_rows(whole, rollout)
+            else:
+                found[source.name] = self._score(source, rollout)
+        for config, source in self._of_kind("outcome"):
+            rewards = found[source.name]
+            self._record(config, source, rewards, scores)
             if config.labels_outcomes:
                 labels.append((rewards.tokens.sum(dim=1), rewards.status == Status.OK))
         if labels:
@@ -132,14 +152,20 @@ class Scoring:
             self._apply_band(rollout, scores)
         return scores
 
-    def local_band(self, rollout: Rollout) -> Bool[Tensor, "B"]:
-        """Rows of this rank whose group's accuracy lies in the band, judged by the labelling sources alone."""
+    def local_band(self, rollout: Rollout) -> tuple[Bool[Tensor, "B"], list[RowScores]]:
+        """Rows of this rank whose group's accuracy lies in the band, judged by the labelling sources alone.
+
+        Gives what these said of each row as well, for `score_outcomes`.
+        """
         assert self._band is not None
-        labelling = [s for c, s in zip(self.configs, self.sources, strict=True) if c.labels_outcomes]
-        scored = [self._score(source, rollout) for source in labelling]
-        labels = [(rewards.tokens.sum(dim=1), rewards.status == Status.OK) for rewards in scored]
+        labelling = [(config, source) for config, source in self._in_turn("outcome") if config.labels_outcomes]
+        self._ranks.agreed("a reward source", lambda: [source.begin(rollout) for _, source in labelling])
+        found = {source.name: self._score(source, rollout) for _, source in labelling}
+        given = [found[source.name] for config, source in self._of_kind("outcome") if config.labels_outcomes]
+        labels = [(rewards.tokens.sum(dim=1), rewards.status == Status.OK) for rewards in given]
         outcomes, labelled = _mean_label(labels)
-        return in_band(outcomes, labelled, rollout.group_size, self._band)
+        judged: list[RowScores] = [{name: rewards.row(row) for name, rewards in found.items()} for row in range(len(rollout))]
+        return in_band(outcomes, labelled, rollout.group_size, self._band), judged
 
     def learn_and_score(self, rollout: Rollout, scores: Scores) -> Rollout:
         """Online sources learn from the outcomes; then every process source scores.
@@ -151,19 +177,16 @@ class Scoring:
             self.begin(rollout)
         own = {name: value for source in self.sources for name, value in source.log_probs(rollout).items()}
         rollout = replace(self.with_peers(rollout, scores), logprobs={**rollout.logprobs, **own})
-        for config, source in zip(self.configs, self.sources, strict=True):
-            if source.kind != "process":
-                continue
-            update = self.online.get(source.name)
-            if scores.outcomes is not None:
-                valid = self._ranks.all_rows(scores.valid)
-                if valid.any():
-                    source.observe(self._ranks.all_rows(scores.outcomes)[valid])
-            if update is not None and scores.outcomes is not None:
-                known = replace(rollout, rewards=scores.given())
-                learnt = update.step(known, scores.outcomes, scores.valid)
-                scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt.items()})
-            self._ask(config, source, rollout, scores)
+        learnt: dict[str, dict[str, float]] = {}
+        found: dict[str, TokenRewards] = {}
+        for config, source in self._in_turn("process"):
+            learnt[source.name] = self._teach(source, rollout, scores, found)
+            found[source.name] = self._score(source, rollout)
+            if config.required:  # the next that learns leaves the row out
+                scores.valid &= found[source.name].status != Status.FAILED
+        for config, source in self._of_kind("process"):
+            scores.metrics.update({f"prm/{source.name}/{key}": value for key, value in learnt[source.name].items()})
+            self._record(config, source, found[source.name], scores)
         judged = torch.stack([rewards.status == Status.OK for rewards in scores.rewards.values()]).any(dim=0)
         scores.valid &= judged
         self._stop_if_judging_fails(scores, judged)
@@ -213,15 +236,62 @@ class Scoring:
             weighted.append(WeightedRewards(source.name, source.kind, tokens, present))
         return weighted
 
-    def _ask(self, config: SourceConfig, source: RewardSource, rollout: Rollout, scores: Scores) -> TokenRewards:
-        rewards = self._score(source, rollout)
+    def used_by_judges(self) -> dict[str, dict[str, float]]:
+        """What each judge has used of its budget on this rank, by `source/role`."""
+        return {key: dict(judge.used()) for key, judge in self._judges()}
+
+    def resume_judges(self, used: Mapping[str, Mapping[str, float]]) -> None:
+        """Let the judges go on from what they had used."""
+        for key, judge in self._judges():
+            judge.resume(used[key])
+
+    def _judges(self) -> list[tuple[str, Metered]]:
+        return [(f"{s.name}/{role}", judge) for s in self.sources for role, judge in s.judges().items()]
+
+    def _of_kind(self, kind: str) -> list[tuple[SourceConfig, RewardSource]]:
+        return [(c, s) for c, s in zip(self.configs, self.sources, strict=True) if s.kind == kind]
+
+    def _in_turn(self, kind: str) -> list[tuple[SourceConfig, RewardSource]]:
+        """The sources of a kind in the order in which they are asked.
+
+        It is the recipe's, but that those that only wait for a server come last: behind all others, or before the next
+        that reads what they gave.
+        """
+        order: list[tuple[SourceConfig, RewardSource]] = []
+        waiting: list[tuple[SourceConfig, RewardSource]] = []
+        for config, source in self._of_kind(kind):
+            if source.only_waits:
+                waiting.append((config, source))
+                continue
+            if source.reads_rewards:
+                order, waiting = order + waiting, []
+            order.append((config, source))
+        return order + waiting
+
+    def _teach(
+        self, source: RewardSource, rollout: Rollout, scores: Scores, found: Mapping[str, TokenRewards]
+    ) -> dict[str, float]:
+        """Let a source learn from the outcomes; gives what there is to log."""
+        if scores.outcomes is None:
+            return {}
+        valid = self._ranks.all_rows(scores.valid)
+        if valid.any():
+            source.observe(self._ranks.all_rows(scores.outcomes)[valid])
+        update = self.online.get(source.name)
+        if update is None:
+            return {}
+        known = replace(scores, rewards={**scores.rewards, **found})
+        return update.step(replace(rollout, rewards=known.given()), scores.outcomes, scores.valid)
+
+    def _record(self, config: SourceConfig, source: RewardSource, rewards: TokenRewards, scores: Scores) -> None:
         scores.rewards[source.name] = rewards
         if config.required:
             scores.valid &= rewards.status != Status.FAILED
         failed = (rewards.status == Status.FAILED).float().mean().item()
         scores.metrics[f"rewards/{source.name}/failed"] = failed
         scores.metrics.update({f"rewards/{source.name}/{key}": value for key, value in rewards.metrics.items()})
-        return rewards
+        for role, judge in source.judges().items():
+            scores.totals.update({f"rewards/{source.name}/{role}/{key}": v for key, v in judge.metrics().items()})
 
     def _score(self, source: RewardSource, rollout: Rollout) -> TokenRewards:
         rewards = self._ranks.agreed(f"reward source '{source.name}'", lambda: source.score(rollout))
@@ -261,6 +331,19 @@ def _mean_label(labels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, 
     """The mean of the labels that each row was given, and which rows were given any."""
     values, given = (torch.stack(column) for column in zip(*labels, strict=True))
     return torch.where(given, values, 0.0).sum(dim=0) / given.sum(dim=0).clamp(min=1), given.any(dim=0)
+
+
+def joined_rows(rows: Sequence[TokenRewards], rollout: Rollout) -> TokenRewards:
+    """Rows that were scored apart, as those of one rollout; of the metrics that come with each, the mean."""
+    device = rollout.action_mask.device
+    tokens = torch.zeros_like(rollout.action_mask, dtype=torch.float32)
+    for place, row in enumerate(rows):
+        width = min(row.tokens.shape[1], tokens.shape[1])  # rollouts are padded to different lengths
+        tokens[place, :width] = row.tokens[0, :width].to(device)
+    names = dict.fromkeys(name for row in rows for name in row.metrics)
+    metrics = {name: fmean(row.metrics[name] for row in rows if name in row.metrics) for name in names}
+    spans = [row.spans[0] for row in rows] if all(row.spans for row in rows) else ()
+    return TokenRewards(tokens, torch.cat([row.status for row in rows]).to(device), metrics, spans)
 
 
 def in_band(

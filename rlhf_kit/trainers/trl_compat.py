@@ -230,6 +230,13 @@ class CreditTrainer(GRPOTrainer):
     def load_kit_state(self, folder: Path) -> None:
         """Read back what `save_kit_state` wrote; called on every process."""
 
+    def rank_state(self) -> dict[str, Any]:
+        """What this process alone knows and a run that goes on needs."""
+        return {}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Read back what `rank_state` gave."""
+
     def _save_checkpoint(self, model, trial):
         # Before the rest: the trainer's state is written last, and says that the checkpoint is whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / "kit"
@@ -255,6 +262,7 @@ class CreditTrainer(GRPOTrainer):
             "metrics": dict(self._metrics["train"]),
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
+            "own": self.rank_state(),
         }
         torch.save(progress, folder / PROGRESS_FILE.format(rank=self.accelerator.process_index))
 
@@ -299,6 +307,7 @@ class CreditTrainer(GRPOTrainer):
             self.load_kit_state(folder)
         file = folder / PROGRESS_FILE.format(rank=self.accelerator.process_index)
         progress = torch.load(file, map_location="cpu", weights_only=True)
+        self.load_rank_state(progress["own"])
         self._progress = cast("dict[str, Any]", send_to_device(progress, self.accelerator.device))
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rlhf_kit.errors import RunError
 from rlhf_kit.judges import client
 from rlhf_kit.judges.config import Server
+from rlhf_kit.judges.server import ServerJudge
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rewards.outcome import outcome_rewards
 from rlhf_kit.rollout import RewardSource, Rollout, Status, TokenRewards
+from rlhf_kit.trainers.diagnostics import RolloutLog
 from rlhf_kit.trainers.rollouts import Ranks
 from rlhf_kit.trainers.scoring import Scoring
 from tests.judges.conftest import question
@@ -61,11 +62,14 @@ class Judged(RewardSource):
     def begin(self, rollout: Rollout) -> None:
         self._wait = self.judge.ask([question(f"{rollout.step} {text}") for text in rollout.texts])
 
+    def judges(self) -> dict[str, ServerJudge]:
+        return {"judge": self.judge}
+
     def score(self, rollout: Rollout) -> TokenRewards:
         assert self._wait is not None
         answers = self._wait()
         scores = [float(one.text) if one.error is None and one.text.isdigit() else torch.nan for one in answers]
-        return replace(outcome_rewards(scores, rollout), metrics=self.judge.metrics())
+        return outcome_rewards(scores, rollout)
 
 
 def rollout(step: int) -> Rollout:
@@ -79,7 +83,7 @@ def rollout(step: int) -> Rollout:
     )  # fmt: skip
 
 
-def scored(scoring: Scoring, plan: list[str]) -> Iterator[dict[str, Any]]:
+def scored(scoring: Scoring, log: RolloutLog, plan: list[str]) -> Iterator[dict[str, Any]]:
     """What this process knows after each rollout, until the run is stopped."""
     for step in range(len(plan)):
         one = rollout(step)
@@ -95,6 +99,7 @@ def scored(scoring: Scoring, plan: list[str]) -> Iterator[dict[str, Any]]:
             "own": [Status(code).name for code in scores.rewards["judged"].status.tolist()],
             "valid": scores.valid.tolist(),
             "everyone": weighted.present.tolist(),
+            "calls": log._common(scores)["rewards/judged/judge/calls"],
             "sums": weighted.tokens.sum(dim=1).tolist(),
         }
 
@@ -109,7 +114,8 @@ def main(folder: Path, plans: list[list[str]]) -> None:
         with ScriptedServer(lambda r, number, faults=faults: FAULTS[faults[int(asked(r).split()[0])]]) as server:
             judge = Server(type="server", base_url=server.base_url, model="m", timeout=2, attempts=2)
             config = JudgedConfig(judge=judge)
-            seen.append(list(scored(Scoring([config], [config.build()], None, ranks), plan)))
+            log = RolloutLog(cast(Any, None), cast(Any, None), ranks, None)
+            seen.append(list(scored(Scoring([config], [config.build()], None, ranks), log, plan)))
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_kit.judges import client
-from rlhf_kit.judges.base import Answer
+from rlhf_kit.judges.base import CUT_OFF, Answer, cut_answer
 from rlhf_kit.judges.client import ChatClient, NoAnswer, retry_after
 from rlhf_kit.judges.usage import Budget, Usage
 
@@ -79,6 +79,13 @@ def test_what_would_not_pass_is_not_tried_again(serve, monkeypatch: pytest.Monke
     assert len(server.requests) == 1
 
 
+def test_a_cut_answer_counts_where_the_object_that_was_asked_for_is_whole() -> None:
+    schema = question("a", schema={"type": "object"})
+    on = '{"score": 3}\n\nNext: {"sco'
+    assert cut_answer(on, schema) == Answer(on)
+    assert cut_answer('{"score": 3', schema) == cut_answer(on, question("a")) == Answer(error=CUT_OFF)
+
+
 def test_text_that_cannot_be_sent_is_an_error(serve) -> None:
     bad, good = judge(serve()).ask([question("\ud800"), question("a")])()
     assert "cannot be sent" in str(bad.error) and good == Answer("yes")
@@ -137,6 +144,18 @@ def test_a_dead_server_fails_the_questions_and_one_that_is_back_answers_the_next
     assert "no connection" in str(asking.ask([question("a")])()[0].error)
     server.start()
     assert asking.ask([question("a")])() == [Answer("yes")]
+
+
+def test_a_server_that_answers_now_and_then_is_given_up_at_the_deadline(serve, short_waits: None) -> None:
+    """Every other question is answered, so that the count of failures in a row begins anew each time."""
+    server = serve(lambda r, number: Reply(asked(r)) if int(asked(r)) % 2 else Reply(how="hang"))
+    began = time.monotonic()
+    asking = judge(server, timeout=0.4, attempts=1, concurrency=1, deadline=1.5)
+    answers = asking.ask([question(str(place)) for place in range(40)])()
+    assert time.monotonic() - began < 0.4 * 20
+    late = ["deadline of 1.5 s" in str(answer.error) for answer in answers]
+    assert not any(late[:3]) and all(late[20:]) and answers[1] == Answer("1")
+    assert asking.ask([question("1")])() == [Answer("1")]
 
 
 def test_a_server_that_hangs_holds_a_rollout_for_the_time_of_two_questions_not_of_all(serve, short_waits: None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +15,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from rlhf_kit.judges.base import Question
+from rlhf_kit.judges.base import CUT_OFF, Answer, Question
 from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.local import Local, LocalJudge, Policy, first_tokens, surface_forms
 from rlhf_kit.models.config import Lora, Pretrained
@@ -26,11 +28,26 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
+ENDS = 6
+LONG = 60
+
+
 def ask(text: str, *choices: str) -> Question:
     return Question([{"role": "user", "content": text}], choices=choices)
 
 
 QUESTIONS = [ask("Is it good?", "Yes", "No"), ask("the film was bad. " * 9 + "Was it?", "A", "B", "C"), ask("Yes? no?")]
+
+
+@pytest.fixture(scope="module")
+def talker(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with several tokens that end an answer, so that random weights come to one."""
+    folder = tmp_path_factory.mktemp("talker")
+    shutil.copytree(talker, folder, dirs_exist_ok=True)
+    settings = folder / "generation_config.json"
+    ends = list(range(0, 312, ENDS))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": ends}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,37 +89,45 @@ def test_choices_have_the_probabilities_of_their_forms_at_the_answer_position(mo
 
 def test_texts_are_those_of_one_question_at_a_time_and_of_its_own_generation(model: InProcess) -> None:
     questions = [QUESTIONS[2], ask("A very much longer question about the film, the story and all."), ask("?")]
-    together = LocalJudge(model, max_tokens=7, batch_size=2).ask(questions)()
-    alone = [LocalJudge(model, max_tokens=7).ask([question])()[0] for question in questions]
+    together = LocalJudge(model, max_tokens=LONG, batch_size=2).ask(questions)()
+    alone = [LocalJudge(model, max_tokens=LONG).ask([question])()[0] for question in questions]
     assert together == alone
     assert len({answer.text for answer in together}) == 3
     ids = model.tokenizer("<|user|>Yes? no?<|end|><|assistant|>", return_tensors="pt")["input_ids"]
-    for _ in range(7):
+    for _ in range(LONG):
         with torch.no_grad():
             token = model.model(ids).logits[0, -1].argmax()
         ids = torch.cat([ids, token[None, None]], dim=1)
-        if token == model.tokenizer.eos_token_id:
+        if token % ENDS == 0:
             break
     assert together[0].text == model.tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix("Yes? no?")
 
 
 def test_answers_come_in_the_order_of_the_questions_and_are_counted(model: InProcess) -> None:
-    judge = LocalJudge(model, max_tokens=3, batch_size=1)
+    judge = LocalJudge(model, max_tokens=LONG, batch_size=1)
     mixed = judge.ask([QUESTIONS[2], QUESTIONS[0], QUESTIONS[1]])()
     assert [len(answer.log_probs) for answer in mixed] == [0, 2, 3]
     metrics = judge.metrics()
-    assert metrics["calls"] == 3 and metrics["errors"] == 0 and 0 < metrics["completion_tokens"] <= 3
+    assert metrics["calls"] == 3 and metrics["errors"] == 0 and 0 < metrics["completion_tokens"] <= LONG
     assert judge.metrics()["calls"] == 0
+
+
+def test_an_answer_that_is_cut_off_is_missing(model: InProcess) -> None:
+    judge = LocalJudge(model, max_tokens=LONG)
+    assert judge.ask([QUESTIONS[2]])()[0].error is None
+    length = int(judge.metrics()["completion_tokens"])
+    (cut,) = LocalJudge(model, max_tokens=length - 1).ask([QUESTIONS[2]])()
+    assert cut == Answer(error=CUT_OFF)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_not_cut(model: InProcess) -> None:
     assert model.positions == 1024
-    judge = LocalJudge(model, max_tokens=3)
+    judge = LocalJudge(model, max_tokens=30)
     length = lambda words: len(judge._prompt(ask("no " * words).messages)[1])  # noqa: E731
     around = length(10) - 10
     assert length(900) == around + 900
     room = 1024 - around
-    fits, too_long = judge.ask([ask("no " * (room - 3)), ask("no " * (room - 2))])()
+    fits, too_long = judge.ask([ask("no " * (room - 30)), ask("no " * (room - 29))])()
     assert fits.error is None
     assert too_long.error is not None and "does not fit the 1024 positions" in too_long.error
     chosen, longer = judge.ask([ask("no " * room, "Yes", "No"), ask("no " * (room + 1), "Yes", "No")])()
@@ -168,8 +193,8 @@ def test_the_frozen_policy_answers_as_it_did_at_first_and_the_live_one_as_it_doe
     talker: Path, model: InProcess, peft: Lora | None
 ) -> None:
     where: Any = context(talker, peft=peft)
-    judges = [Policy(type="policy", frozen=frozen, max_tokens=5).build(where) for frozen in (True, False)]
-    first = LocalJudge(model, max_tokens=5).ask(QUESTIONS)()
+    judges = [Policy(type="policy", frozen=frozen, max_tokens=LONG).build(where) for frozen in (True, False)]
+    first = LocalJudge(model, max_tokens=LONG).ask(QUESTIONS)()
     trained(where.policy)
     flags = [parameter.requires_grad for parameter in where.policy.parameters()]
     frozen, live = (judge.ask(QUESTIONS)() for judge in judges)
@@ -177,7 +202,7 @@ def test_the_frozen_policy_answers_as_it_did_at_first_and_the_live_one_as_it_doe
     for one, other in zip(frozen, first, strict=True):
         assert one.log_probs == pytest.approx(other.log_probs, abs=1e-6)
     now = where.policy.merge_and_unload() if peft else where.policy
-    expected = LocalJudge(InProcess(now, model.tokenizer), max_tokens=5).ask(QUESTIONS)()
+    expected = LocalJudge(InProcess(now, model.tokenizer), max_tokens=LONG).ask(QUESTIONS)()
     assert live[0].log_probs == pytest.approx(expected[0].log_probs, abs=1e-4)
     assert live[0].log_probs != pytest.approx(first[0].log_probs, abs=0.1)
     assert live[2].text == expected[2].text
@@ -204,7 +229,7 @@ def test_asking_leaves_the_policy_as_it_was(talker: Path) -> None:
 
 def test_the_policys_stop_strings_are_not_the_judges(talker: Path) -> None:
     where: Any = context(talker)
-    judge = Policy(type="policy", frozen=False, max_tokens=8).build(where)
+    judge = Policy(type="policy", frozen=False, max_tokens=LONG).build(where)
     plain = judge.ask(QUESTIONS[2:])()[0].text
     assert len(plain) > 1
     patched = partial(generate_until, where.policy.generate, where.tokenizer, [plain[0]])

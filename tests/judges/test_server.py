@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlhf_kit.judges.base import Answer
 from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.local import Policy
+from rlhf_kit.judges.usage import Budget
 
 from .conftest import config, judge, question
 from .scripted import Reply, asked
@@ -184,7 +185,26 @@ def test_each_process_has_an_equal_share_of_the_budget(serve, monkeypatch: pytes
     monkeypatch.setenv("WORLD_SIZE", "2")
     server = serve()
     answers = judge(server, concurrency=1, budget={"calls": 4}).ask([question(str(place)) for place in range(5)])()
-    assert len(server.requests) == 2 and "of which this process has 1/2" in str(answers[-1].error)
+    assert len(server.requests) == 2 and "of 4, of which this process has 2, is used up" in str(answers[-1].error)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_the_shares_of_a_budget_add_up_to_it(processes: int) -> None:
+    budget = Budget(calls=10, tokens=5, cost=0.7, prompt_price=1)
+    for name, whole in (("calls", 10), ("tokens", 5), ("cost", 0.7)):
+        shares = [budget.share(name, rank, processes) for rank in range(processes)]
+        assert sum(shares) == pytest.approx(whole) and max(shares) - min(shares) < processes
+
+
+def test_a_run_that_goes_on_has_what_was_left_of_its_budget(serve) -> None:
+    server = serve()
+    first = judge(server, budget={"calls": 3})
+    first.ask([question("a"), question("b")])()
+    again = judge(server, concurrency=1, budget={"calls": 3})
+    again.resume(first.used())
+    answers = again.ask([question("c"), question("d")])()
+    assert [answer.error is None for answer in answers] == [True, False] and len(server.requests) == 3
+    assert again.metrics()["calls"] == 1  # the log has what was asked since
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
@@ -196,7 +216,9 @@ def test_each_process_has_an_equal_share_of_the_budget(serve, monkeypatch: pytes
         ({"base_url": "127.0.0.1:8000"}, "base_url", "no http(s) address"),
         ({"base_url": "http://[1"}, "base_url", "no http(s) address"),
         ({"base_url": "http://me:hush@host/v1"}, "base_url", "holds a secret"),
+        ({"base_url": "http://host/v1?api-key=hush"}, "base_url", "holds a secret"),
         ({"extra_body": {"api_key": "hush"}}, "extra_body.api_key", "is a secret"),
+        ({"extra_body": {"a": [{"headers": {"Authorization": "hush"}}]}}, "extra_body.a.0.headers.Authorization", "is a"),
         ({"replay_only": True}, "cache", "there is none"),
         ({"replay_only": True, "cache": "none.sqlite"}, "cache", "it is not there"),
         ({"budget": {"cost": 5}}, "budget.cost", "without prices"),

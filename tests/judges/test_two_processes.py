@@ -30,6 +30,12 @@ def test_rows_whose_judge_fails_are_missing_in_the_view_of_both(seen) -> None:
             assert rollout["sums"] == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_requests_are_added_up_over_processes(seen) -> None:
+    """Two rows a process, each asked about once by the first and, where the server fails, twice by the second."""
+    calls = [[rollout["calls"] for rollout in plans[1]] for plans in seen]
+    assert calls == [[6.0, 4.0, 4.0, 6.0, 6.0, 4.0]] * 2
+
+
 def test_both_stop_after_three_rollouts_above_the_failure_rate_with_the_same_words(seen) -> None:
     first, second = (plans[0] for plans in seen)
     assert len(first) == len(second) == 3

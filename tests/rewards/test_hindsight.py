@@ -318,6 +318,7 @@ def test_what_is_wrong_at_the_beginning_is_said_by_score_where_the_ranks_agree_o
 def test_a_model_in_process_as_user_and_world() -> None:
     """The whole way with real models: the answers of random weights mean nothing, but all rows are judged."""
     context = tiny_context()
+    context.policy.generation_config.eos_token_id = list(range(0, 16, 2))  # so that random weights come to an end
     rows = marketplace(2, style="prose", seed=7)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     rollout = rollout_of([row["honest"] for row in rows], columns, [row["prompt"] for row in rows])
@@ -326,7 +327,7 @@ def test_a_model_in_process_as_user_and_world() -> None:
             {
                 "type": "hindsight",
                 "mode": mode,
-                "judge": {"type": "policy", "max_tokens": 4},
+                "judge": {"type": "policy", "frozen": False, "max_tokens": 40},
                 "world": "judge",
             }
         )

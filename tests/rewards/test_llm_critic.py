@@ -137,7 +137,7 @@ def test_quotes_are_rewarded_where_they_stand(serve, context, rollout_of) -> Non
     assert {span.source for row in rewards.spans for span in row} == {"llm_critic"}
     metrics = {"asked": 1, "unreadable": 0, "quotes": 7 / 3, "dropped": 3 / 7, "good": 2 / 3, "bad": 2 / 3}
     assert {name: rewards.metrics[name] for name in metrics} == pytest.approx(metrics)
-    assert rewards.metrics["judge/calls"] == 3
+    assert source.judges()["judge"].metrics()["calls"] == 3
 
 
 def test_passages_that_overlap_add_up_and_lie_on_every_token_that_they_touch(serve, context, rollout_of) -> None:
@@ -326,7 +326,8 @@ def test_a_run_is_repeated_from_the_cache_without_the_server(serve, context, rol
     server = serve(lambda text: Reply("no", status=500) if text == STORY else words(text))
     cache = {"cache": str(tmp_path / "answers.sqlite"), "attempts": 1}
     rollout = rollout_of(FILM, EMOJI, STORY)
-    first = critic(server, context, judge=cache).score(rollout)
+    before = critic(server, context, judge=cache)
+    first = before.score(rollout)
     server.stop()
     again = critic(server, context, judge={**cache, "replay_only": True})
     again.begin(rollout)
@@ -334,7 +335,7 @@ def test_a_run_is_repeated_from_the_cache_without_the_server(serve, context, rol
     assert torch.equal(first.tokens, second.tokens) and first.tokens.any()
     assert first.status.tolist() == second.status.tolist() == [OK, OK, FAILED]
     assert first.spans == second.spans
-    assert (first.metrics["judge/calls"], second.metrics["judge/calls"]) == (3, 0)
+    assert [source.judges()["judge"].metrics()["calls"] for source in (before, again)] == [3, 0]
 
 
 # -- a completion that speaks to the critic ----------------------------------------------------------------------------

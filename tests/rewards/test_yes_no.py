@@ -87,7 +87,7 @@ def test_the_reward_is_the_probability_of_a_yes_on_the_last_action_token(
     torch.testing.assert_close(rewards.tokens, expected, atol=1e-5, rtol=1e-5)
     assert rewards.status.tolist() == [Status.OK] * 3
     assert rewards.metrics["yes"] == pytest.approx(expected.sum().item() / 3, abs=1e-5)
-    assert rewards.metrics["judge/calls"] == 3
+    assert source.judges()["judge"].metrics()["calls"] == 3
 
 
 def test_swapping_the_words_turns_p_into_one_minus_p_exactly(context: BuildContext, rollout: Rollout) -> None:

@@ -48,10 +48,12 @@ def resample() -> Callable[..., Any]:
             group_size=GROUP,
             max_rounds=max_rounds,
             generate=script,
-            in_band=lambda rows, _: torch.tensor([row["prompt"] in good for row in rows]),
+            in_band=lambda rows, made: (torch.tensor([row["prompt"] in good for row in rows]), made[1]),
             ranks=Ranks(Accelerator(cpu=True)),
         )
-        return *resampler(rows, seed), script.rounds
+        rows, generated, known, rounds = resampler(rows, seed)
+        assert known == generated[1]  # each row's own
+        return rows, generated, rounds, script.rounds
 
     return run
 
@@ -188,11 +190,11 @@ def prompts_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def rounds_of(outcome: Outcome, rounds: Sequence[float]) -> list[list[list[str]]]:
-    """The prompts of the groups that each rollout's rounds generated; the rollout itself is scored once more."""
+    """The prompts of the groups that each rollout's rounds generated; the rollout itself is not scored again."""
     calls, found = [prompts[::GROUP] for prompts in outcome.asked], []
     for number in rounds:
         found.append(calls[: int(number)])
-        calls = calls[int(number) + 1 :]
+        calls = calls[int(number) :]
     assert calls == []
     return found
 
@@ -237,7 +239,7 @@ def test_what_is_still_outside_after_the_last_round_is_masked(train, logged) -> 
 def test_a_rollout_that_is_all_outside_changes_no_weight(train, logged) -> None:
     trainer, outcome, copies = train(hard_from=0, max_rounds=3)
     assert [entry["credit/resample_rounds"] for entry in logged(trainer)] == [3, 3, 3]
-    assert len(outcome.asked) == 3 * (3 + 1)
+    assert len(outcome.asked) == 3 * 3
     assert [copies.changed(step) for step in (1, 2, 3)] == [False, False, False]
     assert [entry["empty_steps"] for entry in logged(trainer)] == [1, 1, 1]
     assert trainer.guard.skipped == 0
@@ -266,17 +268,49 @@ def test_completions_and_their_columns_stay_with_their_prompt(build) -> None:
         args={"max_steps": 1, "per_device_train_batch_size": 16},
     )
     trainer.train()
-    *rounds, final = seen
-    assert len(rounds) > 1
-    generated = [row for rows in rounds for row in rows]
-    assert all(int(prompt[0]) < 2 for prompt, *_ in final)
-    for prompt, answer, text, ids in final:
-        assert int(answer) == sum(map(int, prompt.removesuffix(" =").split())) % 5
-        assert (prompt, answer, text, ids) in generated
-    (batch,) = trainer.batches
+    assert len(seen) > 1
+    generated = [row for rows in seen for row in rows]
+    ((batch, rows, prompts, completions),) = trainer._generated
+    assert all(int(prompt[0]) < 2 for prompt in prompts)
     tokenizer = trainer.processing_class
-    for (prompt, _, text, _), prompt_ids, ids, mask in zip(
-        final, batch["prompt_ids"], batch["completion_ids"], batch["completion_mask"].bool(), strict=True
+    for row, prompt, text, prompt_ids, padded, mask in zip(
+        rows, prompts, completions, batch["prompt_ids"], batch["completion_ids"], batch["completion_mask"], strict=True
     ):
+        ids = padded[mask.bool()]
+        assert int(row["answer"]) == sum(map(int, prompt.removesuffix(" =").split())) % 5
+        assert (prompt, row["answer"], text, tuple(ids.tolist())) in generated
         assert tokenizer.decode(prompt_ids, skip_special_tokens=True) == prompt
-        assert tokenizer.decode(ids[mask], skip_special_tokens=True) == text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_what_decided_on_a_completion_is_its_reward_and_it_is_judged_once(build, logged) -> None:
+    """By a judge that never says the same twice: every other time all groups are above the band, else all but one in
+    it. Beside it stands a source that decides nothing."""
+    judged, others = [], []
+
+    def said(call: int, row: int) -> float:
+        return call % 2 * 0.5 + row / 100 + call / 10_000
+
+    def moody(completions, **_):
+        judged.append(len(completions))
+        return [said(len(judged) - 1, row) for row in range(len(completions))]
+
+    def other(completions, **_):
+        others.append(len(completions))
+        return [1.0] * len(completions)
+
+    trainer = build(
+        functions={"moody": moody, "other": other},
+        rewards=[
+            {"type": "function", "function": "moody", "name": "moody", "bounded": True},
+            {"type": "function", "function": "other", "name": "other"},
+        ],
+        accuracy_band={"mode": "resample", "max_rounds": 5, "low": 0.05, "high": 0.3},
+        args={"max_steps": 2, "per_device_train_batch_size": 16},
+    )
+    trainer.train()
+    assert [entry["credit/resample_rounds"] for entry in logged(trainer)] == [3, 4]
+    assert judged == [16] * 7 and others == [16] * 2
+    for rows, first, then in zip(trainer.samples, (0, 4), (2, 6), strict=True):
+        expected = [said(first, row) for row in range(4, 16)] + [said(then, row) for row in range(4, 8)]
+        assert [sum(row["rewards"]["moody"]) for row in rows] == pytest.approx(expected, abs=1e-6)
