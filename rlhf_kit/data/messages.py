@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from rlhf_kit.rollout import Message, Text
+
+# A line that a reader of dialogues takes for the beginning of a turn, also in Markdown: "User:", "**Human** :".
+_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
+_TURN = re.compile(
+    rf"(?P<break>{_BREAK})(?P<label>(?:(?!{_BREAK})[\s*_#>\-])*"
+    r"(?:user|human|assistant|ai|system|tool|customer|consultant)[\s*_]*[:\uff1a])",
+    re.IGNORECASE,
+)
 
 
 def is_messages(value: object) -> bool:
@@ -46,10 +55,17 @@ def prompt_text(prompt: Text) -> str:
 
 
 def dialogue_text(text: Text) -> str:
-    """Text as it is; messages as the paragraphs `Role: content`."""
+    """Text as it is; messages as the paragraphs `Role: content`.
+
+    A line of a content that would begin a turn of its own is quoted: `> User: ...`.
+    """
     if isinstance(text, str):
         return text
-    return "\n\n".join(f"{str(message['role']).capitalize()}: {content_text(message)}" for message in text)
+    return "\n\n".join(f"{str(message['role']).capitalize()}: {_one_turn(content_text(message))}" for message in text)
+
+
+def _one_turn(content: str) -> str:
+    return _TURN.sub(r"\g<break>> \g<label>", content)
 
 
 def prompt_messages(prompt: Text, system: str | None) -> list[Message]:

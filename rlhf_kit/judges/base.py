@@ -70,6 +70,14 @@ class Judge(ABC):
         A judge on a server works meanwhile; one in this process does all its work when it is waited for.
         """
 
+    def check_choices(self, choices: Sequence[str]) -> None:
+        """Refuse choices that it could never answer with, before anything is asked.
+
+        Raises:
+            ValueError: the first token of an answer would not tell them apart.
+        """
+        return
+
     def metrics(self) -> dict[str, float]:
         """Calls, tokens, cache hits and the like since this was asked last."""
         return {}

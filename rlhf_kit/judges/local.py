@@ -118,6 +118,9 @@ class LocalJudge(Judge):
         counts, self._counts = self._counts, Counter()
         return {name: float(counts[name]) for name in ("calls", "prompt_tokens", "completion_tokens", "errors")}
 
+    def check_choices(self, choices: Sequence[str]) -> None:
+        self.first_tokens(choices)
+
     def first_tokens(self, choices: Sequence[str]) -> list[list[int]]:
         """The tokens with which each choice may begin.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -21,7 +21,7 @@ from rlhf_kit.judges.base import Answer, Judge, Question
 from rlhf_kit.judges.cache import AnswerCache, request_key
 from rlhf_kit.judges.usage import Budget, Usage
 from rlhf_kit.problems import Problem
-from rlhf_kit.redact import is_secret
+from rlhf_kit.redact import is_secret, redact
 
 if TYPE_CHECKING:
     from rlhf_kit.judges.client import Asking, ChatClient
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SHOWN_ERRORS = 3
+SECRETS_OF_REQUESTS = ("key", "token", "bearer", "cookie")  # beside those of every setting
 
 
 class Server(Config):
@@ -63,8 +64,11 @@ class Server(Config):
 
     def problems(self) -> Iterator[Problem]:
         """What cannot work."""
-        if "@" in self.base_url or any(map(is_secret, _query(self.base_url))):
+        if "@" in self.base_url:
             yield Problem("base_url", "holds a secret", remedy="put the key into the environment variable api_key_env")
+        elif "?" in self.base_url or "#" in self.base_url:  # which may hold a secret: it is not shown
+            remedy = "leave it out, and put a key into the environment variable api_key_env"
+            yield Problem("base_url", "has a query, which requests below this address do not keep", remedy=remedy)
         elif not _is_address(self.base_url):
             yield Problem("base_url", "is no http(s) address", self.base_url, "such as http://127.0.0.1:8000/v1")
         for name in _secrets(self.extra_body):
@@ -96,11 +100,6 @@ class Server(Config):
         return ServerJudge(self)
 
 
-def _query(url: str) -> list[str]:
-    """The names in the query of an address."""
-    return [name for name, _ in parse_qsl(url.partition("?")[2])]
-
-
 def _is_address(text: str) -> bool:
     try:
         url = urlsplit(text)
@@ -114,12 +113,14 @@ def _number(variable: str, default: int) -> int:
 
 
 def _secrets(body: Any, prefix: str = "") -> Iterator[str]:
-    """Paths of the fields that hold a secret, however deep."""
+    """Paths of the fields that hold a secret, by their name or by its form, however deep."""
     items = body.items() if isinstance(body, Mapping) else enumerate(body) if isinstance(body, list | tuple) else ()
     for name, value in items:
-        if is_secret(str(name)) and isinstance(value, str):
+        named = is_secret(str(name)) or (str(name).lower() in SECRETS_OF_REQUESTS and isinstance(value, str))
+        if (named and value) or (isinstance(value, str) and redact(value) != value):
             yield f"{prefix}{name}"
-        yield from _secrets(value, f"{prefix}{name}.")
+        else:
+            yield from _secrets(value, f"{prefix}{name}.")
 
 
 class ServerJudge(Judge):
@@ -153,7 +154,7 @@ class ServerJudge(Judge):
 
     def metrics(self) -> dict[str, float]:
         """Requests and what they used (`calls`, `retried`, tokens, `cost`), questions that no request was made for
-        (`cached`) or that have no answer (`failed`), and the seconds `waited`."""
+        (`cached`) or that have no answer (`failed`), and the seconds that this process has `waited`."""
         return self._usage.take()
 
     def used(self) -> dict[str, float]:
@@ -163,7 +164,7 @@ class ServerJudge(Judge):
         self._usage.resume(used)
 
     def _body(self, question: Question) -> dict[str, Any]:
-        """The request, but for the response format."""
+        """The request, but for the response format and `extra_body`."""
         config = self._config
         body = {
             "model": config.model,
@@ -173,13 +174,13 @@ class ServerJudge(Judge):
         }
         if question.choices:
             body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": config.top_logprobs}
-        body = {name: value for name, value in body.items() if value is not None}
-        return body | config.extra_body
+        return {name: value for name, value in body.items() if value is not None}
 
     def _key(self, question: Question, body: Mapping[str, Any]) -> bytes:
         """Not of the address: a server may move. Of `structured` as the recipe has it: what `auto` finds may change."""
         asked = {"schema": question.schema, "choices": list(question.choices), "structured": self._config.structured}
-        return request_key({**body, **asked})
+        extra = {"extra_body": self._config.extra_body} if self._config.extra_body else {}
+        return request_key({**body, **extra, **asked})
 
     def _recorded(self, keys: Sequence[bytes]) -> dict[bytes, Answer]:
         if self._cache is None:

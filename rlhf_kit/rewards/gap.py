@@ -58,7 +58,14 @@ class GapConfig(SourceConfig):
         yield from judge_files(self.judge)
 
     def build(self, context: BuildContext) -> Gap:
-        return Gap(self, self.judge.build(context), read_prompt(self.prompt, PROMPTS, "gap.txt"))
+        """The source and its judge.
+
+        Raises:
+            ValueError: the first token of an answer of a judge in this process does not tell the labels apart.
+        """
+        judge = self.judge.build(context)
+        judge.check_choices(LABELS)
+        return Gap(self, judge, read_prompt(self.prompt, PROMPTS, "gap.txt"))
 
 
 class Gap(RewardSource):

@@ -109,12 +109,19 @@ class HindsightConfig(SourceConfig):
         return Hindsight(self, self.user(context))
 
     def user(self, context: BuildContext) -> User:
-        """The simulated user; loads the models of judge and world."""
-        from rlhf_kit.rewards.simulated_user import PLACEHOLDERS, JudgeUser, RuleUser
+        """The simulated user; loads the models of judge and world.
+
+        Raises:
+            ValueError: the first token of an answer of a judge in this process does not tell the answers apart.
+        """
+        from rlhf_kit.rewards.simulated_user import PLACEHOLDERS, RATINGS, JudgeUser, RuleUser
 
         if self.judge == "rule":
             return RuleUser()
         judge = self.judge.build(context)
+        judge.check_choices(("A", "B"))  # how many decisions there are is known by the data alone
+        if self.feedback == "rating":
+            judge.check_choices(RATINGS)
         if self.world == "judge":
             world = judge
         else:
@@ -181,11 +188,21 @@ class Hindsight(RewardSource):
         market = market_of(columns)
         if market is not None:
             return market_scene(rollout.prompts[row], completion, market)
-        decisions = tuple(columns.get("options") or self._config.decisions)
+        decisions = tuple(self._options(columns.get("options"), row) or self._config.decisions)
         needs_truth = self._config.judge == "rule" or (self._config.world == "rule" and self._config.mode != "none")
         if needs_truth or not 2 <= len(decisions) <= MOST_DECISIONS:
             return None
         return Scene(rollout.prompts[row], completion, decisions)
+
+    def _options(self, options: object, row: int) -> list[str]:
+        if options is None:
+            return []
+        if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+            raise ValueError(
+                f"'{self.name}' reads what the user may do from the column 'options', and row {row + 1} of the rollout "
+                f"holds {options!r} there: give a list of texts"
+            )
+        return list(options)
 
     def _ratings(self, lived: dict[int, Lived]) -> dict[int, float]:
         ratings = self._user.rate(list(lived.values()))

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, NonPositiveFloat
+from pydantic import Field, NonNegativeFloat, NonPositiveFloat
 
 from rlhf_kit.config import Location
 from rlhf_kit.data.messages import dialogue_text, is_messages
@@ -58,6 +58,9 @@ SCHEMA: Mapping[str, Any] = {
 class LlmCriticConfig(TextSourceConfig):
     """`good` or `bad` on each passage that the `judge` quotes (DRLC, arXiv 2401.07382, where they are alpha_2).
 
+    Departure: the paper pays alpha_2 to every token of a passage. Here a passage earns it once, wherever `placement`
+    puts it, so that neither long passages nor fine tokenizers earn more.
+
     The critic reads `task`, the prompt, the completion and, with `show_outcome`, its outcome. With `ask: below` it is
     asked only about completions whose outcome lies below `threshold`; the others earn 0. Outcomes are those of the
     sources that label them. A judge of type `policy` is the paper's self-critique.
@@ -77,7 +80,7 @@ class LlmCriticConfig(TextSourceConfig):
     good: NonNegativeFloat = 0.5
     bad: NonPositiveFloat = -0.5
     ask: Literal["always", "below"] = "always"
-    threshold: float | None = None
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     show_outcome: bool = False
 
     @property

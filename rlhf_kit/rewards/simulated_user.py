@@ -21,7 +21,7 @@ from rlhf_kit.data.customer import (
     revelation,
 )
 from rlhf_kit.data.marketplace import Market
-from rlhf_kit.data.messages import content_text
+from rlhf_kit.data.messages import completion_messages, dialogue_text, prompt_messages
 from rlhf_kit.judges.base import Answer, Judge, Question
 from rlhf_kit.judges.prompts import fenced, fill
 from rlhf_kit.rollout import Text
@@ -55,13 +55,12 @@ class Scene:
     @property
     def seen_by_user(self) -> str:
         """The dialogue as the user saw it."""
-        opening = as_text(self.prompt) if self.market is None else f"User: {customer_view(self.market)}"
-        return f"{opening}\n\nAssistant: {self.completion}"
+        return _dialogue(self.prompt if self.market is None else customer_view(self.market), self.completion)
 
     @property
     def seen_by_assistant(self) -> str:
         """The dialogue with everything that the assistant knew."""
-        return f"{as_text(self.prompt)}\n\nAssistant: {self.completion}"
+        return _dialogue(self.prompt, self.completion)
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,8 @@ class Lived:
         return self.decision if market is not None and self.decision < len(market.options) else None
 
 
-def as_text(prompt: Text) -> str:
-    """A prompt as the turns of a dialogue."""
-    if isinstance(prompt, str):
-        return f"User: {prompt}"
-    return "\n\n".join(f"{str(message['role']).capitalize()}: {content_text(message)}" for message in prompt)
+def _dialogue(prompt: Text, completion: str) -> str:
+    return dialogue_text([*prompt_messages(prompt, None), *completion_messages(completion)])
 
 
 def market_scene(prompt: Text, completion: str, market: Market) -> Scene:

@@ -79,11 +79,8 @@ class YesNoConfig(TextSourceConfig):
         Raises:
             ValueError: the first token of an answer of a judge in this process does not tell yes from no.
         """
-        from rlhf_kit.judges.local import LocalJudge
-
         judge = self.judge.build(context)
-        if isinstance(judge, LocalJudge):
-            judge.first_tokens((self.yes, self.no))
+        judge.check_choices((self.yes, self.no))
         name = "yes_no.txt" if self.kind == "outcome" else "yes_no_segment.txt"
         return YesNo(self, judge, read_prompt(self.prompt, PROMPTS, name))
 

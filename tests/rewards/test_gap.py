@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from rlhf_kit.judges.base import Answer, Judge, Question
-from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.rewards import RewardConfig
 from rlhf_kit.rewards.config import BuildContext
@@ -135,3 +135,10 @@ def test_a_prompt_without_its_placeholders_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("{{first}} {{second}} {{which}}")
     (problem,) = config(prompt=str(tmp_path / "own.txt")).problems(Pretrained(path="p"), [])
     assert problem.path == "prompt" and "{{which}}" in problem.message
+
+
+def test_a_judge_that_cannot_tell_its_answers_apart_is_refused_when_it_is_built() -> None:
+    scratch = Scratch(type="scratch", vocabulary=("yes", "no", "1", "2"), hidden_size=16, num_attention_heads=2)
+    context = BuildContext(load_model(scratch), scratch, 1.0, torch.device("cpu"), tokenizer=load_tokenizer(scratch))
+    with pytest.raises(ValueError, match="tokenizer knows"):
+        config().build(context)

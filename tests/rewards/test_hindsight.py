@@ -355,8 +355,10 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
     assert "No such file" in problems(prompts={"decision": str(tmp_path / "none.txt")})[0]
 
 
-def tiny_context() -> BuildContext:
-    words = ("A", "B", "C", "N", "1", "2", "3", "4", "5", "yes", "no", "option", "buy")
+WORDS = ("A", "B", "C", "N", "1", "2", "3", "4", "5", "yes", "no", "option", "buy")
+
+
+def tiny_context(words: tuple[str, ...] = WORDS) -> BuildContext:
     scratch = Scratch(
         type="scratch",
         vocabulary=words,
@@ -387,3 +389,17 @@ def test_a_scene_shows_the_user_what_the_user_may_see() -> None:
     assert "SHEET" in scene.seen_by_assistant and "SHEET" not in scene.seen_by_user
     plain = Scene("SHEET", LIE, ("go", "stay"))
     assert "SHEET" in plain.seen_by_user and decision_labels(plain) == ["A", "B"]
+
+
+def test_a_judge_without_words_for_its_ratings_is_refused_when_it_is_built() -> None:
+    context = tiny_context(words=("A", "B", "1", "2"))
+    fields = {"type": "hindsight", "mode": "none", "judge": {"type": "policy"}, "decisions": ["go", "stay"]}
+    with pytest.raises(ValueError, match="the choice '3' is no text"):
+        HindsightConfig.model_validate(fields).build(context)
+    HindsightConfig.model_validate({**fields, "feedback": "preference"}).build(context)
+
+
+def test_options_that_are_no_list_are_named() -> None:
+    source = HindsightConfig.model_validate({"type": "hindsight", "judge": {"type": "policy"}}).build(tiny_context())
+    with pytest.raises(ValueError, match=r"column 'options', and row 2 of the rollout holds 'buy'"):
+        source.score(rollout_of(["a", "b"], {"options": [["buy", "no"], "buy"]}, ["p", "q"]))
