@@ -79,14 +79,14 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> dict[str, Tensor]:
     """Left-padded `input_ids` and `attention_mask` of text or conversational prompts."""
-    options: Any = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if isinstance(prompts[0], str):
-        encoded = tokenizer(cast(Any, list(prompts)), **options)
+        encoded: Any = tokenizer(cast(Any, list(prompts)))
     else:
         conversations = cast(Any, [list(prompt) for prompt in prompts])
         encoded = tokenizer.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True
         )
+    encoded = tokenizer.pad(dict(encoded), padding=True, padding_side="left", return_tensors="pt")
     # Some tokenizers add fields, such as token types, that no causal model takes.
     fields = cast(dict[str, Tensor], encoded)
     return {name: fields[name] for name in ("input_ids", "attention_mask")}

@@ -38,6 +38,11 @@ class Measure(Config):
         """Whether it judges whole completions."""
         return False
 
+    @property
+    def labels_outcomes(self) -> bool:
+        """Whether its scores are outcomes in [0, 1]."""
+        return False
+
     def problems(self) -> Iterator[Problem]:
         """What cannot work; paths start at the measure."""
         return iter(())
@@ -128,20 +133,29 @@ class Repetition(Measure):
 class Format(Measure):
     """`reward` where a regular expression matches the whole completion, from its first character to its last.
 
-    A dot matches line breaks only with `(?s)`. With tools the completion holds their answers too.
+    A dot matches line breaks only with `(?s)`. With tools the completion holds their answers too. With `bounded` both
+    are outcomes in [0, 1].
     """
 
     type: Literal["format"]
     pattern: str
     reward: float = 1.0
     otherwise: float = 0.0
+    bounded: bool = False
 
     @property
     def whole(self) -> bool:
         return True
 
+    @property
+    def labels_outcomes(self) -> bool:
+        return self.bounded
+
     def problems(self) -> Iterator[Problem]:
         yield from pattern_problems(self.pattern)
+        for field in ("reward", "otherwise") if self.bounded else ():
+            if not 0 <= getattr(self, field) <= 1:
+                yield Problem(field, "is no outcome in [0, 1]", getattr(self, field), "write one, or bounded: false")
 
     def build(self) -> Callable[[Rollout], Scores]:
         pattern = re.compile(self.pattern)
@@ -176,19 +190,28 @@ class Regex(Measure):
 class Sentiment(Measure):
     """VADER's compound score in [-1, 1] of the completion, or of each of its `segments` (`by: sentence`).
 
+    With `bounded`, half of one more than that: an outcome in [0, 1], which a critic or an online PRM may learn of.
     VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text (ICWSM 2014); English only.
     """
 
     type: Literal["sentiment"]
     segments: Segments = Segments()
+    bounded: bool = False
     packages: ClassVar[tuple[str, ...]] = ("vaderSentiment",)
 
     @property
     def whole(self) -> bool:
         return self.segments.by == "completion"
 
+    @property
+    def labels_outcomes(self) -> bool:
+        return self.bounded
+
     def problems(self) -> Iterator[Problem]:
         yield from (problem.under("segments") for problem in self.segments.problems())
+        if self.bounded and not self.whole:
+            what = f"makes outcomes, and those of each {self.segments.by} are none"
+            yield Problem("bounded", what, True, "write false, or segments: {by: completion}")
 
     def build(self) -> Callable[[Rollout], Scores | Marks]:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -196,7 +219,8 @@ class Sentiment(Measure):
         analyzer = SentimentIntensityAnalyzer()
 
         def compound(text: str) -> float:
-            return float(analyzer.polarity_scores(text)["compound"])
+            score = float(analyzer.polarity_scores(text)["compound"])
+            return (1 + score) / 2 if self.bounded else score
 
         def judge(rollout: Rollout) -> Scores | Marks:
             rows = [(text, own_turns(rollout, row)) for row, text in enumerate(rollout.texts)]
@@ -248,6 +272,10 @@ class LexicalConfig(TextSourceConfig):
     @property
     def kind(self) -> Literal["outcome", "process"]:
         return "outcome" if self.measure.whole else "process"
+
+    @property
+    def labels_outcomes(self) -> bool:
+        return self.measure.labels_outcomes
 
     @property
     def source_name(self) -> str:

@@ -64,8 +64,9 @@ def test_sampling_follows_the_tempered_distribution_over_the_whole_vocabulary(ma
         assert abs(share - probability) < 4 * (probability * (1 - probability) / count) ** 0.5 + 1e-9
 
 
-def test_conversations_are_rendered_with_the_chat_template(make_model, tokenizer) -> None:
-    tokenizer.chat_template = CHAT
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_conversations_are_rendered_with_the_chat_template(make_model, tokenizer, side) -> None:
+    tokenizer.chat_template, tokenizer.padding_side = CHAT, side
     messages = [[{"role": "user", "content": "1 2"}], [{"role": "user", "content": "3"}]]
     encoded = encode_prompts(tokenizer, messages)
     words = [tokenizer.convert_ids_to_tokens(row) for row in encoded["input_ids"].tolist()]

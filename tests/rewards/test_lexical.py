@@ -165,6 +165,19 @@ def test_sentiment_of_completions() -> None:
     assert rewards.tokens[0, -1] == pytest.approx(good)
 
 
+def test_a_bounded_sentiment_is_an_outcome() -> None:
+    given = rollout("I love this, it is great!", "It is awful and sad.", "It is.")
+    plain = totals(build({"type": "sentiment"})(given))
+    outcomes = totals(build({"type": "sentiment", "bounded": True})(given))
+    assert outcomes == pytest.approx([(1 + score) / 2 for score in plain]) and outcomes[1] < 0.5 < outcomes[0]
+    labels = {"sentiment": {"bounded": True}, "format": {"pattern": "x", "bounded": True}}
+    assert all(config({"type": name, **fields}).labels_outcomes for name, fields in labels.items())
+    assert (
+        not config({"type": "sentiment"}).labels_outcomes
+        and not config({"type": "length", "target": 3}).labels_outcomes
+    )
+
+
 def test_sentiment_of_sentences() -> None:
     given = rollout("What a wonderful film. The end was horrible!", "No words")
     rewards = build({"type": "sentiment", "segments": {"by": "sentence"}})(given)
@@ -285,6 +298,8 @@ def test_a_source_is_called_as_its_measure_unless_it_has_a_name() -> None:
         ({"type": "regex", "pattern": "(x"}, {}, "measure.pattern", "no regular expression"),
         ({"type": "format", "pattern": "[x"}, {}, "measure.pattern", "no regular expression"),
         ({"type": "sentiment", "segments": {"pattern": "x"}}, {}, "measure.segments.pattern", "only for by: step"),
+        ({"type": "sentiment", "segments": {"by": "turn"}, "bounded": True}, {}, "measure.bounded", "of each turn"),
+        ({"type": "format", "pattern": "x", "otherwise": -1, "bounded": True}, {}, "measure.otherwise", "[0, 1]"),
         ({"type": "length", "target": 5}, {"placement": "start"}, "placement", "does nothing"),
         ({"type": "sentiment"}, {"per_segment": "mean"}, "per_segment", "does nothing"),
     ],
