@@ -14,7 +14,7 @@ from rlhf_kit.credit.groups import group_centred, prime_advantages, prime_proces
 from rlhf_kit.credit.kl import AdaptiveKl, kl_penalty
 from rlhf_kit.credit.masks import last_action_index, masked_mean, masked_var, place_at_last, place_on_actions
 from rlhf_kit.credit.returns import gae, reinforce_returns
-from rlhf_kit.credit.steps import min_form_returns, spread_to_tokens, steps_present, sum_by_step
+from rlhf_kit.credit.steps import min_form_returns, place_at_step_ends, spread_to_tokens, steps_present, sum_by_step
 from rlhf_kit.credit.turns import place_at_turn_ends, turn_ids
 from rlhf_kit.credit.whitening import whiten
 
@@ -28,6 +28,7 @@ __all__ = [
     "masked_var",
     "min_form_returns",
     "place_at_last",
+    "place_at_step_ends",
     "place_at_turn_ends",
     "place_on_actions",
     "prime_advantages",

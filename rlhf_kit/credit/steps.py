@@ -42,6 +42,21 @@ def spread_to_tokens(step_values: Float[Tensor, "B K"], step_ids: Int[Tensor, "B
     return torch.cat([outside, step_values], dim=1).float().gather(1, step_ids.long() + 1)
 
 
+def place_at_step_ends(step_values: Float[Tensor, "B K"], step_ids: Int[Tensor, "B T"]) -> Float32[Tensor, "B T"]:
+    """Each step's value on the last of its tokens; 0 elsewhere, and a step without tokens has none.
+
+    Raises:
+        ValueError: if a step id is not below K, or below -1.
+    """
+    _check_steps(step_ids, step_values.shape[1])
+    rows, width = step_ids.shape
+    places = torch.arange(width, device=step_ids.device).expand(rows, width)
+    last = torch.full((rows, step_values.shape[1] + 1), -1, device=step_ids.device)
+    last = last.scatter_reduce(1, step_ids.long() + 1, places, "amax")[:, 1:]
+    placed = torch.zeros(rows, width, device=step_values.device)
+    return placed.scatter_add(1, last.clamp(min=0), torch.where(last >= 0, step_values.float(), 0.0))
+
+
 def min_form_returns(step_rewards: Float[Tensor, "B K"], step_mask: Bool[Tensor, "B K"]) -> Float32[Tensor, "B K"]:
     """Return of a step: the least reward among it and the steps after it, `G_k = min_{j >= k} r_j`.
 

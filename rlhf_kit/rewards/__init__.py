@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rlhf_kit.rewards.decomposed import DecomposedConfig
+from rlhf_kit.rewards.dpo_implicit import DpoImplicitConfig
 from rlhf_kit.rewards.follow_up import FollowUpConfig
 from rlhf_kit.rewards.function import FunctionConfig
 from rlhf_kit.rewards.gap import GapConfig
@@ -25,6 +26,7 @@ from rlhf_kit.rewards.yes_no import YesNoConfig
 RewardConfig = Annotated[
     FunctionConfig
     | VerifierConfig
+    | DpoImplicitConfig
     | FollowUpConfig
     | GapConfig
     | HindsightConfig

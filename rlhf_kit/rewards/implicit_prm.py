@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveFloat
 
@@ -81,7 +81,10 @@ class ImplicitPrmConfig(SourceConfig):
 
     def build(self, context: BuildContext) -> ImplicitPrm:
         """The source, its PRM equal to the policy where no `path` is given."""
-        return ImplicitPrm(self, _scorer(self, context), _own_reference(self, context))
+        from rlhf_kit.rewards.scorers import scorer_of
+
+        scorer = scorer_of(self.path, self.source_name, context, trainable=self.online is not None)
+        return ImplicitPrm(self, scorer, _own_reference(self, context))
 
 
 class ImplicitPrm(RewardSource):
@@ -190,43 +193,6 @@ def read_prm_record(path: str, remote: bool = False) -> dict[str, Any] | None:
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
-def _scorer(config: ImplicitPrmConfig, context: BuildContext) -> Scorer:
-    """The PRM: a second adapter on the policy's base where there is one, else a model of its own."""
-    from peft import PeftModel
-
-    from rlhf_kit.models.adapters import adapter_on, add_adapter_copy, load_second_adapter
-    from rlhf_kit.models.scorer import adapter_scorer
-
-    if isinstance(context.policy, PeftModel):
-        trained = None if config.path is None else adapter_on(context.policy, config.path)
-        if trained is not None:
-            load_second_adapter(context.policy, config.source_name, trained)
-        elif config.path is None:
-            add_adapter_copy(context.policy, config.source_name)
-        if trained is not None or config.path is None:
-            return adapter_scorer(context.policy, config.source_name)
-    return _whole_model(config.path, context, trainable=config.online is not None)
-
-
-def _whole_model(path: str | None, context: BuildContext, trainable: bool) -> Scorer:
-    from torch import nn
-    from trl.trainer.utils import disable_dropout_in_model
-
-    from rlhf_kit.models.loading import load_copy
-    from rlhf_kit.models.scorer import Scorer, add_log_prob_head
-
-    policy = context.policy_config
-    if not isinstance(policy, Pretrained):
-        raise ValueError("an implicit PRM needs a policy with weights to start from; train it by an sft stage first")
-    changes: dict[str, str | None] = {}
-    if path is not None and path != policy.path:
-        changes |= {"path": path, "revision": None, "gguf_file": None}
-    module = cast(nn.Module, load_copy(policy.model_copy(update=changes)).train())
-    add_log_prob_head(cast(Any, module), context.temperature)
-    disable_dropout_in_model(module)
-    return Scorer(module.to(context.device), list(module.parameters()) if trainable else [])
-
-
 def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer | None:
     """The reference that a `reward` stage recorded, unless the policy's initial weights are the same model."""
     if config.path is None or config.reference != "initial":
@@ -237,4 +203,6 @@ def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer |
     path = record["reference"]
     if isinstance(context.policy_config, Pretrained) and path == context.policy_config.path:
         return None
-    return _whole_model(path, context, trainable=False)
+    from rlhf_kit.rewards.scorers import whole_model
+
+    return whole_model(path, context)

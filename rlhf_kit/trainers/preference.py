@@ -24,7 +24,7 @@ from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.objectives.base import Objective
 from rlhf_kit.objectives.trl import Dpo, TrlObjective
 from rlhf_kit.trainers.config import Preference
-from rlhf_kit.trainers.export import export_model
+from rlhf_kit.trainers.export import export_model, write_prm_record
 from rlhf_kit.trainers.objective_trainer import ObjectiveTrainer
 from rlhf_kit.trainers.offline import check_columns, reference_scorer
 from rlhf_kit.trainers.setup import StageRun, build_args, train
@@ -43,6 +43,9 @@ def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
         trainer = _objective_trainer(stage, stage.objective, run, tokenizer)
     train(trainer, run)
     export_model(trainer, run.folder / "model")
+    if trainer.is_world_process_zero():  # for who takes the model for an implicit reward
+        reference = stage.reference or stage.model
+        write_prm_record(run.folder / "model", getattr(stage.objective, "beta", 1.0), reference.path)
     results: dict[str, Any] = {"updates": trainer.state.global_step}
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
