@@ -9,22 +9,24 @@ REDACTED = "<redacted>"  # in brackets it would be a list in YAML
 # Names of secrets, and no more: `pad_token` and `max_new_tokens` are ordinary settings.
 _NAME = (
     r"(?:[\w.-]*(?:api|access|auth|bearer|hub|hf|private|secret|wandb)[_-]?(?:token|key)|hf[_-]?hub[_-]?token"
-    r"|[\w.-]*(?:password|passwd|secret|credentials?))"
+    r"|[\w.-]*(?:password|passwd|secret|credentials?)|(?:proxy-)?authorization)"
 )
 _NAMED = re.compile(
     rf"(?i)(?P<name>(?<![\w.-]){_NAME}(?P<json>\\?[\"'])?[ \t]*[:=][ \t]*)"
-    r"(?:(?P<quote>\\?[\"'])(?P<quoted>[^\n]*?)(?P=quote)|(?P<bare>(?:(?!,[\s\"'])[^\s{}\[\]\"'\\])+))"
+    r"(?:(?P<quote>\\?[\"'])(?P<quoted>[^\n]*?)(?P=quote)"
+    r"|(?P<bare>(?:(?:basic|bearer)[ \t]+)?(?:(?!,[\s\"'])[^\s{}\[\]\"'\\])+))"
 )
 _VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bwandb_v\d_\w{16,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
+    r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/=-]{16,}|(?:(?<=[?&]key=)|(?<=[?&]token=)|(?<=[?&]sig=))[^\s&#\"']+"
 )
 _EMPTY = {"", "null", "none", "~", "true", "false"}
 
 
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret."""
-    return name.lower() == "authorization" or re.fullmatch(_NAME, name, re.IGNORECASE) is not None
+    return re.fullmatch(_NAME, name, re.IGNORECASE) is not None
 
 
 def redact(text: str) -> str:

@@ -19,6 +19,12 @@ from rlhf_kit.redact import REDACTED, redact
         "WANDB_API_KEY={}",
         '{{"password": "{}"}}',
         "postgres://user:{}@host/db",
+        "Authorization: Bearer {}",
+        "Authorization: {}",
+        '{{"headers": {{"authorization": "Basic {}"}}}}',
+        "sent with bearer {}",
+        "base_url: http://host/v1?api_key={}&x=1",
+        "GET http://host/v1?x=1&key={}#top",
     ],
 )
 def test_a_named_secret_is_redacted(text: str) -> None:
@@ -42,6 +48,8 @@ def test_a_key_of_known_form_is_redacted_under_any_name(key: str) -> None:
         "commit: 4be1c0d2a9f04be1c0d2a9f04be1c0d2a9f04be1",
         "push_to_hub: false",
         "eos_token_id: 2",
+        "key: answer",
+        "https://host/search?keyword=film&tokens=3",
     ],
 )
 def test_ordinary_settings_stay(text: str) -> None:

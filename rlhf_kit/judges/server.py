@@ -124,7 +124,10 @@ def _secrets(body: Any, prefix: str = "") -> Iterator[str]:
 
 
 class ServerJudge(Judge):
-    """Asks the server in the background; of identical questions at the same time only one is sent."""
+    """Asks the server in the background; of identical questions at the same time only one is sent.
+
+    An answer that the server cut off at `max_tokens` is an error, as it is for a judge in this process (`cut_answer`).
+    """
 
     remote = True
 
@@ -139,6 +142,7 @@ class ServerJudge(Judge):
             key = os.environ.get(config.api_key_env, "").strip()  # a line end from a file is no part of it
             self._client = ChatClient(config, key or None, self._usage)
         self._in_flight: dict[bytes, Future[Answer]] = {}
+        self._tasks: set[asyncio.Task[Answer]] = set()  # a loop does not hold its tasks
 
     def ask(self, questions: Sequence[Question]) -> Callable[[], list[Answer]]:
         """Send what is not on record, and return at once; the result waits for it."""
@@ -200,7 +204,8 @@ class ServerJudge(Judge):
         open_answers: dict[bytes, Future[Answer]],
     ) -> int:
         """Send the questions that are neither known nor open, each once; how many those are."""
-        asked, asking = 0, None
+        asked = 0
+        sent: list[tuple[Question, Mapping[str, Any], bytes]] = []
         for question, body, key in zip(questions, bodies, keys, strict=True):
             if key in known or key in open_answers:
                 continue
@@ -209,22 +214,33 @@ class ServerJudge(Judge):
                 error = f"the answer is not on record in '{self._config.cache}', and replay_only asks no server"
                 known[key] = Answer(error=error)
                 continue
-            if asking is None:
-                from rlhf_kit.judges.client import Asking
-
-                asking = Asking(self._config.deadline)
-            open_answers[key] = self._begin(self._client, question, body, key, asking)
+            open_answers[key] = self._in_flight[key] = Future()
+            sent.append((question, body, key))
+        if self._client is not None and sent:
+            self._start(self._client, sent)
         return asked
 
-    def _begin(
-        self, client: ChatClient, question: Question, body: Mapping[str, Any], key: bytes, asking: Asking
-    ) -> Future[Answer]:
-        from rlhf_kit.judges.client import background_loop
+    def _start(self, client: ChatClient, sent: Sequence[tuple[Question, Mapping[str, Any], bytes]]) -> None:
+        """Let the background loop answer them all; one call to it, for each wakes it up."""
+        from rlhf_kit.judges.client import Asking, background_loop
 
-        future = asyncio.run_coroutine_threadsafe(self._answer(client, question, body, key, asking), background_loop())
-        self._in_flight[key] = future
-        future.add_done_callback(lambda _: self._in_flight.pop(key, None))
-        return future
+        loop, asking = background_loop(), Asking(self._config.deadline)
+        tasks = [(key, self._answer(client, question, body, key, asking)) for question, body, key in sent]
+        loop.call_soon_threadsafe(lambda: [self._settle_when_done(key, loop.create_task(task)) for key, task in tasks])
+
+    def _settle_when_done(self, key: bytes, task: asyncio.Task[Answer]) -> None:
+        def settle(done: asyncio.Task[Answer]) -> None:
+            self._tasks.discard(done)
+            future = self._in_flight.pop(key)
+            if done.cancelled():
+                future.cancel()
+            elif (error := done.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(done.result())
+
+        self._tasks.add(task)
+        task.add_done_callback(settle)
 
     async def _answer(
         self, client: ChatClient, question: Question, body: Mapping[str, Any], key: bytes, asking: Asking

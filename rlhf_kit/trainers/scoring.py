@@ -164,7 +164,9 @@ class Scoring:
         given = [found[source.name] for config, source in self._of_kind("outcome") if config.labels_outcomes]
         labels = [(rewards.tokens.sum(dim=1), rewards.status == Status.OK) for rewards in given]
         outcomes, labelled = _mean_label(labels)
-        judged: list[RowScores] = [{name: rewards.row(row) for name, rewards in found.items()} for row in range(len(rollout))]
+        judged: list[RowScores] = [
+            {name: rewards.row(row) for name, rewards in found.items()} for row in range(len(rollout))
+        ]
         return in_band(outcomes, labelled, rollout.group_size, self._band), judged
 
     def learn_and_score(self, rollout: Rollout, scores: Scores) -> Rollout:

@@ -149,10 +149,8 @@ def test_a_dead_server_fails_the_questions_and_one_that_is_back_answers_the_next
 def test_a_server_that_answers_now_and_then_is_given_up_at_the_deadline(serve, short_waits: None) -> None:
     """Every other question is answered, so that the count of failures in a row begins anew each time."""
     server = serve(lambda r, number: Reply(asked(r)) if int(asked(r)) % 2 else Reply(how="hang"))
-    began = time.monotonic()
     asking = judge(server, timeout=0.4, attempts=1, concurrency=1, deadline=1.5)
     answers = asking.ask([question(str(place)) for place in range(40)])()
-    assert time.monotonic() - began < 0.4 * 20
     late = ["deadline of 1.5 s" in str(answer.error) for answer in answers]
     assert not any(late[:3]) and all(late[20:]) and answers[1] == Answer("1")
     assert asking.ask([question("1")])() == [Answer("1")]

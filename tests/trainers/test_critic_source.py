@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -159,3 +161,63 @@ def test_a_critic_that_never_answers_stops_the_run(serve, build) -> None:
     with pytest.raises(RunError, match="'llm_critic' failed in more than 50% of the completions of 3 rollouts"):
         trainer.train()
     assert trainer.state.global_step < 10
+
+
+def yes_no(server: ScriptedServer) -> dict[str, Any]:
+    judge = {"type": "server", "base_url": server.base_url, "model": "m", "timeout": 20, "attempts": 1}
+    return {"type": "yes_no", "judge": judge, "questions": "Is it right?"}
+
+
+def test_a_judge_that_the_recipe_names_first_is_waited_for_last(build, logged) -> None:
+    """Its server answers only when the other source of its kind has scored."""
+    scored = threading.Event()
+    top = [("Yes", math.log(0.75)), ("No", math.log(0.25))]
+
+    def script(request: dict[str, Any], number: int) -> Reply:
+        return Reply(top=top) if scored.wait(10) else Reply(status=400)
+
+    def score(completions, **_):
+        scored.set()
+        return [1.0] * len(completions)
+
+    with ScriptedServer(script) as server:
+        rewards = [yes_no(server), {"type": "function", "function": "score"}]
+        trainer = build(functions={"score": score}, rewards=rewards, args={"max_steps": 1})
+        trainer.train()
+    (entry,) = logged(trainer)
+    assert entry["rewards/yes_no/failed"] == 0
+    assert all(sum(row["rewards"]["yes_no"]) == pytest.approx(0.75) for rows in trainer.samples for row in rows)
+
+
+def test_a_judge_of_the_accuracy_band_is_asked_once_about_each_completion(build, logged) -> None:
+    rounds: list[list[tuple[str, str]]] = []
+
+    def label(prompts, completions, **_):
+        rounds.append(list(zip(prompts, completions, strict=True)))
+        return [float(len(rounds) % 2)] * len(completions)  # with the judge's: above the band at first, then inside
+
+    with ScriptedServer(lambda request, number: Reply(top=[("Yes", math.log(0.5)), ("No", math.log(0.5))])) as server:
+        trainer = build(
+            functions={"label": label},
+            rewards=[yes_no(server), {"type": "function", "function": "label", "bounded": True}],
+            accuracy_band={"mode": "resample", "max_rounds": 3, "low": 0.1, "high": 0.6},
+            args={"max_steps": 2},
+        )
+        trainer.train()
+        assert [entry["credit/resample_rounds"] for entry in logged(trainer)] == [2, 2] and len(rounds) == 4
+        assert len(server.requests) == sum(len(set(made)) for made in rounds)
+    calls = [entry["rewards/yes_no/judge/calls"] for entry in logged(trainer)]
+    assert calls == [sum(len(set(made)) for made in rounds[place : place + 2]) for place in (0, 2)]
+
+
+def test_a_run_that_goes_on_has_what_was_left_of_its_budget(serve, build, tmp_path) -> None:
+    server = serve()
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    judge = {"budget": {"calls": 10_000}}
+    whole = build(rewards=[source(server, judge)], args=args)
+    whole.train()
+    used = whole.scoring.used_by_judges()
+    assert used["llm_critic/judge"]["calls"] == len(server.requests) > 0
+    resumed = build(rewards=[source(server, judge)], args=args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
+    assert resumed.scoring.used_by_judges() == used

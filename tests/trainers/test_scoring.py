@@ -36,10 +36,16 @@ class FixedConfig(SourceConfig):
 
 
 class Fixed(RewardSource):
+    """Keeps the names of all that were asked in `turns`, if it is given that list."""
+
+    turns: list[str] | None = None
+
     def __init__(self, config: FixedConfig) -> None:
         self.name, self.config, self.observed = config.source_name, config, []
 
     def score(self, rollout):
+        if self.turns is not None:
+            self.turns.append(self.name)
         return TokenRewards(torch.tensor(self.config.tokens), torch.tensor(self.config.status))
 
     def observe(self, outcomes) -> None:
@@ -94,6 +100,56 @@ def ask(ranks):
 
 def _constant(scores):
     return lambda **_: scores
+
+
+# -- turns -------------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """A judge whose amounts are 0."""
+
+    def __init__(self, remote: bool) -> None:
+        self.remote = remote
+
+    def metrics(self) -> dict[str, float]:
+        return {"calls": 0.0}
+
+    def used(self) -> dict[str, float]:
+        return {"calls": 0.0}
+
+    def resume(self, used) -> None:
+        return
+
+
+@pytest.mark.parametrize(
+    ("sources", "turns"),
+    [
+        ("server model server2 model2", "model model2 server server2"),
+        ("local server model", "local model server"),
+        ("mixed server model", "mixed model server"),
+        ("server model reader server2 model2", "model server reader model2 server2"),
+    ],
+)
+def test_who_only_waits_for_a_server_is_asked_last_and_reported_where_the_recipe_has_it(
+    rollout, ranks, sources: str, turns: str
+) -> None:
+    """A `reader` learns from what those before it gave."""
+    judges = {"server": (True,), "server2": (True,), "local": (False,), "mixed": (True, False)}
+    names, asked = sources.split(), []
+    made = []
+    for number, name in enumerate(names):
+        source = FixedConfig(name=name, tokens=[[float(number), 0.0, 0.0]] * 4).build(None)
+        source.turns, source.reads_rewards = asked, name == "reader"
+        own = {f"judge{place}": Meter(remote) for place, remote in enumerate(judges.get(name, ()))}
+        source.judges = lambda own=own: own
+        made.append(source)
+    scoring = Scoring([source.config for source in made], made, None, ranks)
+    scores = scoring.score_outcomes(rollout)
+    scoring.learn_and_score(rollout, scores)
+    assert " ".join(asked) == turns
+    assert list(scores.rewards) == names
+    assert [name for name in scores.metrics if name.endswith("failed")] == [f"rewards/{n}/failed" for n in names]
+    assert [weighted.tokens[0, 0].item() for weighted in scoring.weighted(rollout, scores)] == [*range(len(names))]
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
