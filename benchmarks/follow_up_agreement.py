@@ -73,12 +73,13 @@ def as_message(message: dict[str, Any]) -> Message:
     return {"role": {"prompter": "user", "assistant": "assistant"}[message["role"]], "content": message["text"]}
 
 
-def score(replies: Sequence[Reply], source: FollowUp) -> list[Reply]:
-    """The replies that fit the model, with every score."""
+def score(replies: Sequence[Reply], source: FollowUp, chosen: Sequence[str]) -> list[Reply]:
+    """The replies that fit the model, with every score; one of them is the mean of the `chosen` aspects."""
     for place, reply in enumerate(replies):
         (aspects,) = source.differences([(reply.prompt, reply.text)])
         if aspects is not None:
-            reply.scores.update({"follow-ups": fmean(aspects.values()), **aspects, "length": len(reply.text)})
+            some = {"+".join(chosen): fmean(aspects[name] for name in chosen)} if chosen else {}
+            reply.scores.update({"follow-ups": fmean(aspects.values()), **some, **aspects, "length": len(reply.text)})
         if place % 20 == 0:
             print(f"{place} of {len(replies)} replies", flush=True)
     return [reply for reply in replies if reply.scores]
@@ -162,7 +163,7 @@ def main(options: argparse.Namespace) -> None:
     replies = [reply for reply, length in zip(found, lengths, strict=True) if length <= options.max_tokens]
     with report(options) as results:
         scored: list[Reply] = []
-        results["seconds"] = seconds(lambda: scored.extend(score(replies, source)))
+        results["seconds"] = seconds(lambda: scored.extend(score(replies, source, options.aspects)))
         pairs = pairs_of(scored)
         trees = len({better.tree for better, _ in pairs})
         print(f"{len(scored)} of {len(found)} replies, {len(pairs)} pairs of {trees} trees, {results['seconds']:.0f} s")
@@ -184,5 +185,6 @@ if __name__ == "__main__":
     options.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options.add_argument("--max-tokens", type=int, default=512, help="leave longer conversations out")
     options.add_argument("--first-turns", action="store_true", help="only replies to the opening messages")
+    options.add_argument("--aspects", nargs="*", default=[], help="the mean of these is a score as well")
     options.add_argument("--batch-size", type=int, default=32)
     main(options.parse_args())

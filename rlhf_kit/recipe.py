@@ -6,22 +6,35 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_kit.evals.stage import Eval
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
-from rlhf_kit.recipe_checks import check_stage
+from rlhf_kit.recipe_checks import check_links, check_stage
 from rlhf_kit.recipe_errors import describe, validate
 from rlhf_kit.recipe_yaml import REFERENCE, apply_overrides, read_mapping, references, resolve
-from rlhf_kit.runs.config import OUTPUTS, Recipe
+from rlhf_kit.runs.config import OUTPUTS, Recipe, file_of
 from rlhf_kit.trainers.args import check_args, config_class
 from rlhf_kit.trainers.argument_source import arguments
-from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Sft, StageConfig
+from rlhf_kit.trainers.config import Bootstrap, Ppo, Preference, Reward, Segment, Sft, StageConfig
 
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 TOP_KEYS = ("name", "runs_dir", "seed")
-STAGE_CLASSES = {"sft": Sft, "reward": Reward, "segment": Segment, "preference": Preference, "ppo": Ppo}
+STAGE_CLASSES = {
+    "sft": Sft,
+    "reward": Reward,
+    "segment": Segment,
+    "pairs": Pairs,
+    "preference": Preference,
+    "bootstrap": Bootstrap,
+    "ppo": Ppo,
+    "eval": Eval,
+}
+WITHOUT_TRAINER = ("eval", "pairs", "bootstrap")
 ALL_OUTPUTS = tuple(dict.fromkeys(output for outputs in OUTPUTS.values() for output in outputs))
 
 
@@ -101,7 +114,8 @@ def _replace_references(content: dict[str, Any]) -> tuple[dict[str, Any], list[P
         problem = _reference_problem(path, name, output, stages or {}, names)
         problems += [Problem(path, problem[0], text, problem[1])] if problem else []
     broken = {problem.value for problem in problems}
-    return _map_text(content, lambda text: "." if text in broken else REFERENCE.sub(_output_path, text)), problems
+    put = partial(_output_path, stages or {})
+    return _map_text(content, lambda text: "." if text in broken else REFERENCE.sub(put, text)), problems
 
 
 def _reference_problem(
@@ -113,7 +127,7 @@ def _reference_problem(
     if name not in names:
         return f"there is no stage '{name}'", did_you_mean(name, names, f"the stages are {listed(names)}")
     stage = stages[name] if isinstance(stages[name], dict) else {}
-    outputs = OUTPUTS.get(str(stage.get("type")), ALL_OUTPUTS)
+    outputs = _outputs_of(stage)
     if output not in ALL_OUTPUTS and output in stage:
         return None  # an ordinary interpolation
     if output not in outputs:
@@ -129,9 +143,22 @@ def _reference_problem(
     return None
 
 
-def _output_path(match: re.Match[str]) -> str:
+def _outputs_of(stage: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a stage leaves behind; of `pairs` what its builder and its selection write, as far as they are valid."""
+    pairs = validate(Pairs, stage)[0] if stage.get("type") == "pairs" else None
+    return OUTPUTS.get(str(stage.get("type")), ALL_OUTPUTS) if pairs is None else pairs.outputs
+
+
+def _output_path(stages: Mapping[str, Any], match: re.Match[str]) -> str:
     """Where an output will be; the recipe's own fields are left to interpolation."""
-    return f"${{runs_dir}}/${{name}}/{match[1]}/{match[2]}" if match[2] in ALL_OUTPUTS else match[0]
+    if match[2] not in ALL_OUTPUTS:
+        return match[0]
+    return f"${{runs_dir}}/${{name}}/{match[1]}/{file_of(match[2], _format_of(stages.get(match[1])))}"
+
+
+def _format_of(stage: Any) -> str:
+    """The format of the rows that a stage writes; one that is wrong is told elsewhere."""
+    return str(stage.get("format", "parquet")) if isinstance(stage, Mapping) else "parquet"
 
 
 def _map_text(node: Any, change: Callable[[str], str]) -> Any:
@@ -158,7 +185,8 @@ def _validate(
     stages, problems = {}, []
     for name, stage in content["stages"].items():
         stages[name], found = _with_checked_args(stage, content["seed"])
-        problems += [problem.under(f"stages.{name}.trainer.args") for problem in found]
+        inside = "preference." if isinstance(stage, dict) and stage.get("type") == "bootstrap" else ""
+        problems += [problem.under(f"stages.{name}.{inside}trainer.args") for problem in found]
     recipe, found = validate(Recipe, {**content, "stages": stages, "single": single})
     problems = [_hint_at_args(problem, stages) for problem in found] + problems
     earlier: set[Path] = set()
@@ -168,7 +196,9 @@ def _validate(
             valid = recipe.stages[name] if recipe else validate(StageConfig, stage)[0]
             checked = check_stage(valid, world_size, earlier, path)
             problems += [problem.under(prefix) for problem in checked]
-        earlier |= {Path(str(content["runs_dir"]), str(content["name"]), name, out) for out in ALL_OUTPUTS}
+        folder = Path(str(content["runs_dir"]), str(content["name"]), name)
+        earlier |= {folder / file_of(output, _format_of(stage)) for output in ALL_OUTPUTS}
+    problems += check_links(recipe) if recipe and not problems else []
     if single:
         prefix = f"stages.{next(iter(stages))}"
         problems = [
@@ -180,7 +210,11 @@ def _validate(
 
 def _with_checked_args(stage: Any, seed: Any) -> tuple[Any, list[Problem]]:
     """The stage with the recipe's seed and numbers of the declared types in `trainer.args`."""
-    if not isinstance(stage, dict) or str(stage.get("type")) not in OUTPUTS:
+    if isinstance(stage, dict) and stage.get("type") == "bootstrap" and isinstance(stage.get("preference"), dict):
+        inner, problems = _with_checked_args({**stage["preference"], "type": "preference"}, seed)
+        del inner["type"]
+        return {**stage, "preference": inner}, problems
+    if not isinstance(stage, dict) or str(stage.get("type")) not in OUTPUTS or stage["type"] in WITHOUT_TRAINER:
         return stage, []
     trainer = stage.get("trainer", {})
     args = trainer.get("args", {}) if isinstance(trainer, dict) else None
@@ -200,6 +234,8 @@ def _hint_at_args(problem: Problem, stages: Mapping[str, Any]) -> Problem:
     """An argument of the trainer that stands in the stage or in `trainer` is told where it belongs."""
     stage, *rest = problem.path.removeprefix("stages.").split(".")
     if problem.message != "unknown key" or stage not in stages or rest[:-1] not in ([], ["trainer"]):
+        return problem
+    if stages[stage]["type"] in WITHOUT_TRAINER:
         return problem
     config = config_class(stages[stage]["type"], _objective(stages[stage]))
     if rest[-1] not in arguments(config):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,13 +26,18 @@ from rlhf_kit.data.config import (
     ToxicSpans,
 )
 from rlhf_kit.data.files import is_address
-from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Scratch
-from rlhf_kit.problems import Problem, RecipeError, listed
+from rlhf_kit.evals.stage import Eval
+from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Pretrained, Scratch
+from rlhf_kit.pairs.config import Pairs
+from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
+from rlhf_kit.recipe_bootstrap import check_bootstrap
+from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
+from rlhf_kit.rewards.segment_model import SegmentModelConfig
 from rlhf_kit.rewards.turns import TurnsConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, check_batch
-from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Stage
+from rlhf_kit.trainers.config import Bootstrap, Ppo, Preference, Reward, Segment, Stage, TrainingStage
 
 PROCESS_ESTIMATORS = ("prime", "min_form")
 FIRST_TRANSFORMERS_WITH_TOOLS = (5, 13)
@@ -40,8 +46,15 @@ RESERVED_NAMES = ("kl", "truncation", "critic", "default", "ema")  # the kit's p
 
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
     """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist."""
-    problems = list(_files(stage, earlier, recipe_path)) + list(_model(stage)) + list(_data(stage))
-    problems += _arguments(stage)
+    problems = list(_files(stage, earlier, recipe_path))
+    if isinstance(stage, Bootstrap):
+        inside = partial(check_stage, world_size=world_size, recipe_path=recipe_path)
+        return [*problems, *check_bootstrap(stage, earlier, lambda step, known: inside(step, earlier=known))]
+    if isinstance(stage, Eval):
+        return [*problems, *_eval(stage, world_size)]
+    if isinstance(stage, Pairs):
+        return [*problems, *stage.problems()]
+    problems += [*_model(stage), *_data(stage), *_arguments(stage)]
     if isinstance(stage, Reward):
         problems += _reward(stage)
     if isinstance(stage, Segment):
@@ -50,6 +63,22 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
         problems += [problem.under("trainer.args") for problem in check_batch(stage, world_size)]
         problems += [*_estimator(stage), *_adaptive_kl(stage, world_size), *_critic(stage), *_patterns(stage)]
         problems += [*_sources(stage), *_accuracy_band(stage, world_size), *_tools(stage)]
+    return problems
+
+
+def check_links(recipe: Recipe) -> list[Problem]:
+    """What a source asks of the segment model that an earlier stage of the recipe trains, and will not find."""
+    trained = {o: s for name, s in recipe.stages.items() if isinstance(s, Segment) for o in recipe.outputs(name)}
+    problems = []
+    for name, stage in recipe.stages.items():
+        for index, source in enumerate(getattr(stage, "rewards", ())):
+            model = trained.get(Path(source.path)) if isinstance(source, SegmentModelConfig) else None
+            known = () if model is None else ("none", *model.classes)
+            for label in source.labels if known else ():
+                if label not in known:
+                    remedy = did_you_mean(label, known, f"it has {listed(known)}")
+                    found = Problem(f"labels.{label}", "is no class of the stage that trains this model", remedy=remedy)
+                    problems.append(found.under(f"stages.{name}.rewards.{index}"))
     return problems
 
 
@@ -79,7 +108,7 @@ def _resting(stage: Ppo) -> Iterator[Problem]:
             yield Problem(f"rewards.{index}.online.order", what, "with_policy", remedy)
 
 
-def _arguments(stage: Stage) -> Iterator[Problem]:
+def _arguments(stage: TrainingStage) -> Iterator[Problem]:
     if argument(stage, "eval_strategy") != "no" and stage.eval_data is None:
         yield Problem("trainer.args.eval_strategy", "there is nothing to evaluate on", remedy="add eval_data")
     if argument(stage, "eval_on_start") and stage.eval_data is None:
@@ -240,6 +269,13 @@ def _reward(stage: Reward) -> Iterator[Problem]:
         yield Problem("offset", f"is never used by objective {stage.objective}", stage.offset, "write none, or use ce")
 
 
+def _eval(stage: Eval, world_size: int) -> Iterator[Problem]:
+    yield from stage.problems()
+    if world_size > 1:
+        remedy = "leave the stage out of this launch ('~stages.NAME'), and run `rlhf-kit eval RECIPE` afterwards"
+        yield Problem("type", f"runs in one process, and here are {world_size}", "eval", remedy)
+
+
 def _segment(stage: Segment) -> Iterator[Problem]:
     yield from (problem.under("segments") for problem in stage.segments.problems())
     if stage.segments.by == "turn":
@@ -263,7 +299,7 @@ def _segment(stage: Segment) -> Iterator[Problem]:
             yield Problem(f"{path}.paired", "pairs have no spans", True, "write false")
 
 
-def _data(stage: Stage) -> Iterator[Problem]:
+def _data(stage: TrainingStage) -> Iterator[Problem]:
     if not isinstance(stage, Segment):
         for path, data in (("data", stage.data), ("eval_data", stage.eval_data)):
             if isinstance(data, Perturbed):
@@ -280,7 +316,7 @@ def _data(stage: Stage) -> Iterator[Problem]:
         yield Problem("eval_data", "is never used", remedy="add evaluation, e.g. {verifier: math}, or remove it")
 
 
-def _model(stage: Stage) -> Iterator[Problem]:
+def _model(stage: TrainingStage) -> Iterator[Problem]:
     model = stage.model
     if isinstance(model, Scratch) and model.hidden_size % model.num_attention_heads:
         what = f"is no multiple of num_attention_heads ({model.num_attention_heads})"
@@ -328,6 +364,20 @@ def _data_paths(field: str, data: DataBase) -> Iterator[tuple[str, str, bool]]:
 
 def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
     """Every file or model that the stage reads, as (field, value, whether it is a model)."""
+    if isinstance(stage, Eval):
+        yield from _eval_paths(stage)
+        return
+    if isinstance(stage, Bootstrap):
+        if stage.reference is not None:
+            yield "reference", stage.reference, True
+        if stage.evaluation is not None:
+            yield from _data_paths("evaluation.data", stage.evaluation.data)
+        return
+    if isinstance(stage, Pairs):
+        yield from _data_paths("data", stage.data)
+        yield from _model_paths(stage.model, stage.rewards)
+        yield from ((f"builder.{field}", value, is_model) for field, value, is_model in stage.builder.files())
+        return
     for field in ("data", "eval_data"):
         if (data := getattr(stage, field)) is not None:
             yield from _data_paths(field, data)
@@ -344,6 +394,23 @@ def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
             yield from ((f"rewards.{index}.{field}", value, is_model) for field, value, is_model in source.files())
         if stage.critic and stage.critic.path:
             yield "critic.path", stage.critic.path, True
+
+
+def _model_paths(model: Pretrained | None, rewards: Sequence[SourceConfig]) -> Iterator[tuple[str, str, bool]]:
+    if model is not None:
+        yield "model.path", model.path, True
+        if model.tokenizer:
+            yield "model.tokenizer", model.tokenizer, True
+    for index, source in enumerate(rewards):
+        yield from ((f"rewards.{index}.{field}", value, is_model) for field, value, is_model in source.files())
+
+
+def _eval_paths(stage: Eval) -> Iterator[tuple[str, str, bool]]:
+    yield from _model_paths(stage.model, stage.rewards)
+    for name, evaluation in stage.evals.items():
+        for field, data, _ in evaluation.data_sets():
+            yield from _data_paths(f"evals.{name}.{field}", data)
+        yield from ((f"evals.{name}.{field}", value, is_model) for field, value, is_model in evaluation.files())
 
 
 def _may_be_remote(model: str) -> bool:

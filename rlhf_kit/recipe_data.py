@@ -5,7 +5,7 @@ Files are read, tasks are made, columns are there, functions are installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -24,14 +24,19 @@ from rlhf_kit.data.config import (
     ToolArithmetic,
     ToxicSpans,
 )
+from rlhf_kit.evals.config import VERIFIER_COLUMN
+from rlhf_kit.evals.first_error import FirstError
+from rlhf_kit.evals.stage import Eval
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
+from rlhf_kit.recipe_bootstrap import bootstrap_data
+from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.trainers.config import Ppo, Preference, Reward, Segment, Sft, Stage
+from rlhf_kit.trainers.config import Bootstrap, Preference, Reward, Segment, Sft, Stage, TrainingStage
 
 LARGEST_FILE = 64 * 2**20  # bytes; a larger one is read when its stage begins
-VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reasoning_gym_entry", "marketplace": "has"}
 
 
 def check_data(recipe: Recipe, source: object) -> None:
@@ -52,6 +57,8 @@ def check_data(recipe: Recipe, source: object) -> None:
             if key not in seen:
                 seen[key] = _columns(config)
             problems += [problem.under(prefix) for problem in _problems(field, seen[key], needed)]
+        if isinstance(stage, Eval):
+            problems += [problem.under(prefix) for problem in _row_problems(stage)]
         problems += [problem.under(prefix) for problem in _functions(stage)]
     if problems:
         raise RecipeError(source, problems)
@@ -65,6 +72,32 @@ def _problems(field: str, columns: tuple[str, ...] | Problem, needed: dict[str, 
         if columns and column not in columns:
             remedy = f"name the one that holds it, as in columns: {{{column}: {columns[-1]}}}"
             yield Problem(field, f"{reader} reads {column}, and there is only {listed(columns)}", remedy=remedy)
+
+
+def _row_problems(stage: Eval) -> Iterator[Problem]:
+    """Rows of files at hand that an evaluation cannot use, the first of each file; and broken ProcessBench files."""
+    for name, evaluation in stage.evals.items():
+        for field, config, needed in evaluation.data_sets():
+            if not isinstance(config, Jsonl | Parquet):
+                continue
+            columns = _columns(config)
+            if isinstance(columns, Problem) or not columns or not all(column in columns for column in needed):
+                continue
+            from rlhf_kit.data.load import load_data
+
+            rows = enumerate(load_data(config).to_list(), start=1)
+            found = ((number, evaluation.row_problem(field, row)) for number, row in rows)
+            first = next(((number, text) for number, text in found if text is not None), None)
+            if first is not None:
+                text = f"{config.path}, row {first[0] + config.skip}: {first[1]}"
+                yield Problem(f"evals.{name}.{field}", text, remedy="mend the row, or leave it out")
+        if isinstance(evaluation, FirstError) and evaluation.path is not None and Path(evaluation.path).is_file():
+            from rlhf_kit.evals.steps import load_processbench
+
+            try:
+                load_processbench(evaluation.path, evaluation.limit)
+            except (ValueError, OSError) as error:
+                yield Problem(f"evals.{name}.path", str(error), remedy="give a ProcessBench file")
 
 
 def _columns(config: DataConfig) -> tuple[str, ...] | Problem:
@@ -119,16 +152,33 @@ def _running_sums_problem(config: RunningSums) -> Problem | None:
 def _functions(stage: Stage) -> Iterator[Problem]:
     """Reward functions that are no entry points; from Python they could be passed by name."""
     known = sorted(entry_points(group=ENTRY_POINTS).names)
-    for index, source in enumerate(stage.rewards if isinstance(stage, Ppo) else ()):
+    holder = stage.pairs if isinstance(stage, Bootstrap) else stage
+    prefix = "pairs." if isinstance(stage, Bootstrap) else ""
+    for index, source in enumerate(getattr(holder, "rewards", ())):
         if isinstance(source, FunctionConfig) and source.function not in known:
             what = f"is no entry point of the group {ENTRY_POINTS} ({listed(known) or 'none is installed'})"
             declare = "declare it as one in your package, or run the recipe in Python with run_pipeline's functions"
             remedy = did_you_mean(source.function, known, declare)
-            yield Problem(f"rewards.{index}.function", what, source.function, remedy)
+            yield Problem(f"{prefix}rewards.{index}.function", what, source.function, remedy)
 
 
 def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
     """Every data set of a stage: its field, its configuration, and who reads which of its columns."""
+    if isinstance(stage, Eval):
+        read = _read_by_sources(stage.rewards)
+        for name, evaluation in stage.evals.items():
+            for field, config, columns in evaluation.data_sets():
+                needed = {**columns, **(read if evaluation.asks_sources else {})}
+                yield from _prompts_of(f"evals.{name}.{field}", config, needed)
+        return
+    if isinstance(stage, Bootstrap):
+        yield "pairs.data", stage.pairs.data, _read_by_sources(stage.pairs.rewards)
+        yield from bootstrap_data(stage)
+        return
+    if isinstance(stage, Pairs):
+        builder = dict.fromkeys(stage.builder.columns, f"builder {stage.builder.type}")
+        yield "data", stage.data, {**_read_by_sources(stage.rewards), **builder}
+        return
     yield from _prompts_of("data", stage.data, _read_in_training(stage))
     if stage.eval_data is None:
         return
@@ -149,7 +199,7 @@ def _prompts_of(
         yield field, config, needed
 
 
-def _read_in_training(stage: Stage) -> dict[str, str]:
+def _read_in_training(stage: TrainingStage) -> dict[str, str]:
     if isinstance(stage, Sft):
         return {"completion": "sft"}
     if isinstance(stage, Segment):
@@ -159,7 +209,11 @@ def _read_in_training(stage: Stage) -> dict[str, str]:
         return dict.fromkeys(columns, f"objective {stage.objective}")
     if isinstance(stage, Preference):
         return dict.fromkeys(stage.objective.columns_read, f"objective {stage.objective.type}")
-    verifiers = [source.verifier for source in stage.rewards if isinstance(source, VerifierConfig)]
-    needed = {VERIFIER_COLUMN[verifier]: f"verifier {verifier}" for verifier in verifiers}
-    needed |= {column: f"reward '{source.source_name}'" for source in stage.rewards for column in source.columns}
+    needed = _read_by_sources(stage.rewards)
     return {**needed, **({stage.step_truth.column: "step_truth"} if stage.step_truth else {})}
+
+
+def _read_by_sources(rewards: Sequence[SourceConfig]) -> dict[str, str]:
+    verifiers = [source.verifier for source in rewards if isinstance(source, VerifierConfig)]
+    needed = {VERIFIER_COLUMN[verifier]: f"verifier {verifier}" for verifier in verifiers}
+    return needed | {column: f"reward '{source.source_name}'" for source in rewards for column in source.columns}

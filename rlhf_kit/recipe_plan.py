@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from rlhf_kit.evals.stage import Eval
 from rlhf_kit.models.config import Scratch
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.rewards.config import Schedule
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.args import argument, batch_of, config_class
-from rlhf_kit.trainers.config import Critic, Ppo, Preference, Reward, Segment, Sft, Stage
+from rlhf_kit.trainers.config import Bootstrap, Critic, Ppo, Preference, Reward, Segment, Sft, Stage, TrainingStage
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -26,8 +29,23 @@ def plan(recipe: Recipe, world_size: int) -> list[Section]:
 
 
 def _rows(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
-    yield "model", _model(stage.model)
+    if isinstance(stage, Eval):
+        yield from _eval_rows(stage)
+        return
+    if isinstance(stage, Bootstrap):
+        yield (
+            "rounds",
+            f"at most {stage.rounds}, the {stage.keep} is kept" + (", may stop earlier" if stage.stop else ""),
+        )
+        for title, step in (("pairs", stage.pairs_of(1, Path("."))), ("training", stage.preference_of(1, Path(".")))):
+            yield from ((title, f"{topic}: {text}") for topic, text in _rows(step, world_size) if topic != "data")
+        return
+    if stage.model is not None:
+        yield "model", _model(stage.model)
     yield "data", _data(stage.data)
+    if isinstance(stage, Pairs):
+        yield from _pairs_rows(stage)
+        return
     if isinstance(stage, Sft | Ppo) and stage.evaluation:
         yield "evaluation", f"{stage.evaluation.verifier} on {_data(stage.eval_data)}"
     if isinstance(stage, Reward):
@@ -43,6 +61,38 @@ def _rows(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
             yield "reward", _source(source)
         yield "credit", _credit(stage)
     yield from _batch(stage, world_size)
+
+
+def _pairs_rows(stage: Pairs) -> Iterator[tuple[str, str]]:
+    yield "builder", stage.builder.type
+    if stage.model is not None:
+        yield "sampling", _sampling(stage)
+    for source in stage.rewards:
+        yield "reward", _source(source)
+    debiased = "" if stage.length_debias == "none" else f", lengths debiased by {stage.length_debias}"
+    if stage.select is not None:
+        yield "selection", stage.select.type + debiased
+    yield "rows", ", ".join(f"{output}.{stage.format}" for output in stage.outputs)
+
+
+def _sampling(stage: Pairs) -> str:
+    generation = stage.generation
+    likeliest = "" if generation.top_p == 1 else f", top_p {generation.top_p:g}"
+    tokens = f"at most {generation.max_new_tokens} tokens, temperature {generation.temperature:g}{likeliest}"
+    return f"{generation.num_generations} completions a prompt, {tokens}{', by vLLM' if generation.use_vllm else ''}"
+
+
+def _eval_rows(stage: Eval) -> Iterator[tuple[str, str]]:
+    if stage.model is not None:
+        yield "model", _model(stage.model)
+    for source in stage.rewards:
+        yield "reward", _source(source)
+    for name, evaluation in stage.evals.items():
+        data = ", ".join(_data(config) for _, config, _ in evaluation.data_sets())
+        files = ", ".join(path for _, path, _ in evaluation.files())
+        on = "; ".join(part for part in (data, files) if part)
+        kind = "" if evaluation.type == name else f" ({evaluation.type})"
+        yield "evaluation", f"{name}{kind}" + (f" on {on}" if on else "")
 
 
 def _model(model: Any) -> str:
@@ -90,7 +140,7 @@ def _credit(stage: Ppo) -> str:
     return ", ".join(parts)
 
 
-def _batch(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
+def _batch(stage: TrainingStage, world_size: int) -> Iterator[tuple[str, str]]:
     batch = batch_of(stage, world_size)
     rows = "completions" if isinstance(stage, Ppo) else "rows"
     processes = f"{world_size} process" if world_size == 1 else f"{world_size} processes"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
+from rlhf_kit.evals.stage import Eval
 from rlhf_kit.models.config import Pretrained
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem
+from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig, read_prm_record
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.trainers.config import Credit, Ppo, Stage
+from rlhf_kit.trainers.config import Bootstrap, Credit, Ppo, Stage
 
 SMALLEST_RATE_OF_NARROW_WEIGHTS = 1e-4
 BITSANDBYTES_OPTIMIZERS = (
@@ -27,6 +30,8 @@ def warnings(recipe: Recipe) -> list[Problem]:
         problems = list(_argument_warnings(stage))
         if isinstance(stage, Ppo):
             problems += [*_credit_warnings(stage.credit), *_source_warnings(stage)]
+        if isinstance(stage, Eval) and stage.model is not None:
+            problems += _frozen_source_warnings(stage.rewards, stage.model)
         found += [problem.under("" if recipe.single else f"stages.{name}") for problem in problems]
     return found
 
@@ -58,6 +63,13 @@ def _source_warnings(stage: Ppo) -> Iterator[Problem]:
                 yield Problem("model.peft.dropout", what, stage.model.peft.dropout, "write 0")
 
 
+def _frozen_source_warnings(rewards: Sequence[SourceConfig], model: Pretrained) -> Iterator[Problem]:
+    """Doubts about sources that score and learn nothing: a PRM is judged by the beta that it was trained with."""
+    for index, source in enumerate(rewards):
+        if isinstance(source, ImplicitPrmConfig):
+            yield from (problem.under(f"rewards.{index}") for problem in _prm_warnings(source, model))
+
+
 def _prm_warnings(source: ImplicitPrmConfig, policy: Pretrained | Scratch) -> Iterator[Problem]:
     record = read_prm_record(source.path) if source.path else None
     if record is not None and record["beta"] != source.beta:
@@ -74,6 +86,8 @@ def _prm_warnings(source: ImplicitPrmConfig, policy: Pretrained | Scratch) -> It
 
 
 def _argument_warnings(stage: Stage) -> Iterator[Problem]:
+    if isinstance(stage, Eval | Pairs | Bootstrap):
+        return
     args = stage.trainer.args
     trackers = args.get("report_to")
     for tracker in trackers if isinstance(trackers, list) else [trackers]:

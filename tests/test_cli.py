@@ -144,7 +144,7 @@ def test_report_of_what_is_no_run_folder_is_one_line(folder: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [(), ("check",), ("train",), ("report",)])
+@pytest.mark.parametrize("arguments", [(), ("check",), ("train",), ("eval",), ("report",)])
 def test_help_shows_an_example_of_each_command(folder: Path, arguments: tuple[str, ...]) -> None:
     done = run(folder, *arguments, "--help")
     assert done.returncode == 0
@@ -167,6 +167,7 @@ def test_version(folder: Path) -> None:
         ("--help",),
         ("check", "--help"),
         ("train", "--help"),
+        ("eval", "--help"),
         ("check", "recipe.yaml"),
         ("check", "recipe.yaml", "stages.ppo.credit.gamma=high"),
         ("train", "recipe.yaml", "stages.ppo.trainer.args.max_stepz=1"),

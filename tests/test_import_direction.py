@@ -18,6 +18,7 @@ TIERS = (
     ("runs",),
     (
         "recipe",
+        "recipe_bootstrap",
         "recipe_checks",
         "recipe_data",
         "recipe_errors",

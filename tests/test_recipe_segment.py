@@ -53,6 +53,12 @@ def recipe(tmp_path: Path, small_policy: Path) -> Callable[..., Path]:
     return write
 
 
+def test_labels_are_those_of_the_stage_that_trains_the_model(recipe) -> None:
+    with pytest.raises(RecipeError, match=r"stages.ppo.rewards.0.labels.lwo: is no class.*did you mean 'low'"):
+        load_recipe(recipe(source={"labels": {"lwo": 1.0}}))
+    load_recipe(recipe(source={"labels": {"none": 1.0, "low": -1.0}}))
+
+
 def test_a_trained_segment_model_rewards_the_policy_of_the_next_stage(recipe, tmp_path) -> None:
     from rlhf_kit.runs.pipeline import run_pipeline
 
@@ -109,7 +115,7 @@ def test_annotated_rows_are_for_segment_stages_and_these_need_them(recipe, tmp_p
     with pytest.raises(RecipeError, match="segment reads text, and there is only prompt, completion"):
         check_data(load_recipe(plain), plain)
     perturbed = {"type": "perturbed", "texts": {"type": "jsonl", "path": str(path)}}
-    check_data(load_recipe(recipe(data=perturbed, labels=["word"])), "recipe")
+    check_data(load_recipe(recipe({"labels": {"word": -1.0}}, data=perturbed, labels=["word"])), "recipe")
     broken = recipe(data={**perturbed, "column": "answer"})
     with pytest.raises(RecipeError, match=r"data\.column: there is no such column to edit"):
         check_data(load_recipe(broken), broken)

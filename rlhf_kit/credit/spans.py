@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from rlhf_kit.credit.byte_level import byte_level_offsets
+from rlhf_kit.credit.pieces import piece_offsets
 from rlhf_kit.rollout import CharRange, Span
 
-_PLACEMENTS = ("end", "spread", "start")
+_PLACEMENTS = ("end", "spread", "start", "each")
 # Tokens decoded before the one looked at, so that it is decoded as it is inside a text: decoders strip the
 # first token's space, and join bytes to characters. The window grows to twice as many before it moves on.
 _CONTEXT = 8
@@ -36,12 +36,12 @@ def token_offsets(tokenizer: Decoder, ids: Sequence[int], skip_special_tokens: b
 
     A token's range is what decoding one token more adds to the text. Every character is in the range of some
     token; a character whose bytes lie in several tokens is in the range of each. Tokens that leave no text
-    (special tokens, a space that the decoder strips) have an empty range where they stand. Where one broken
-    byte makes the decoder give up whole characters before it (byte fallback), ranges may be too wide.
+    (special tokens, a space that the decoder strips) have an empty range where they stand. They follow from the
+    tokens' pieces (`piece_offsets`) where these make the text, else from decoding a moving window.
     """
     ids = list(ids)
     text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-    known = byte_level_offsets(tokenizer, ids, text, skip_special_tokens)
+    known = piece_offsets(tokenizer, ids, text, skip_special_tokens)
     if known is not None:
         return known
     offsets, settled = _scan(tokenizer, ids, text, skip_special_tokens, context=_CONTEXT)
@@ -117,8 +117,8 @@ def spread_spans(
 
     A span's reward goes to the last (`end`) or first (`start`) action token that overlaps it, or in equal
     parts to all of them (`spread`); rewards that meet on a token add up. So a completion's total reward is
-    that of its spans, however it is tokenised. A span of no characters, or of none that the policy wrote,
-    rewards nothing.
+    that of its spans, however it is tokenised. With `each` every one of these tokens gets the reward whole, and
+    the total grows with their number. A span of no characters, or of none that the policy wrote, rewards nothing.
 
     Raises:
         ValueError: if `placement` is unknown, a span does not lie within its completion, or the rows do not
@@ -151,7 +151,7 @@ def _row_rewards(
         overlaps &= overlaps.flip(1).cumsum(dim=1).flip(1) == 1
     elif placement == "start":
         overlaps &= overlaps.cumsum(dim=1) == 1
-    shares = rewards / overlaps.sum(dim=1).clamp(min=1)
+    shares = rewards if placement == "each" else rewards / overlaps.sum(dim=1).clamp(min=1)
     return torch.where(overlaps, shares[:, None], 0.0).sum(dim=0)
 
 

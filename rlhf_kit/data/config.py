@@ -8,17 +8,26 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from rlhf_kit.config import Config, Location
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 class DataBase(Config):
     """Fields of every data source.
 
     `columns` renames, new name first (`{prompt: question}`); one source may serve several names.
     `shuffle_seed` shuffles the rows, then `skip` leaves out the first, and `limit` keeps that many of the
-    rest. `prompt_template` wraps a text prompt (`"Q: {prompt}\\nA:"`); `chat` turns text prompts and
+    rest. Before that, `hash_range: [0, 0.8]` keeps the rows whose prompt's hash lies there, of dialogues the hash of
+    what the user says first: two ranges that do not overlap have no prompt in common, whatever the order of the rows.
+    `templates` add columns, each a text with other columns in it (`{judged_prompt: "{label} {prompt}"}`).
+    `prompt_template` wraps a text prompt (`"Q: {prompt}\\nA:"`); `chat` turns text prompts and
     completions into messages, with `system` as the first.
+
+    Rows that have `chosen` and `rejected` and no prompt share one: what both begin with.
     """
 
     columns: dict[str, str] = Field(default_factory=dict)
+    templates: dict[str, str] = Field(default_factory=dict)
+    hash_range: tuple[Share, Share] | None = None
     prompt_template: str | None = None
     chat: bool = False
     system: str | None = None
@@ -32,6 +41,8 @@ class DataBase(Config):
             raise ValueError(f"prompt_template {self.prompt_template!r} does not say where the {{prompt}} goes")
         if self.system is not None and not self.chat:
             raise ValueError("system is the first message of a conversation: it needs chat: true")
+        if self.hash_range is not None and self.hash_range[0] >= self.hash_range[1]:
+            raise ValueError(f"hash_range {list(self.hash_range)} is empty: write the smaller number first")
         return self
 
     @property
@@ -55,11 +66,12 @@ class Parquet(DataBase):
 
 
 class Hub(DataBase):
-    """A data set by hub id."""
+    """A data set by hub id; `data_dir` is a folder of its repository."""
 
     type: Literal["hub"]
     path: Location
     name: str | None = None
+    data_dir: str | None = None
     split: str = "train"
     revision: str | None = None
 
@@ -219,6 +231,29 @@ class Mixed(DataBase):
     seed: int = 0
 
 
+class CorruptedPrompts(DataBase):
+    """`rows`, each with a `corrupted_prompt`: its prompt after one of the edits of `perturbed` (Suri, arXiv 2406.19371).
+
+    A row whose prompt none of the edits can change is left out.
+    """
+
+    type: Literal["corrupted_prompts"]
+    rows: PromptConfig
+    edits: Annotated[tuple[Edit, ...], Field(min_length=1)] = ("number", "entity", "word", "negate")
+    seed: int = 0
+
+
+class Concatenated(DataBase):
+    """The rows of several data sets under each other, with the columns that all of them have."""
+
+    type: Literal["concatenated"]
+    sets: Annotated[tuple[PromptConfig, ...], Field(min_length=2)]
+
+    @property
+    def parts(self) -> dict[str, DataBase]:
+        return {f"sets.{number}": part for number, part in enumerate(self.sets)}
+
+
 PromptConfig = Annotated[
     Jsonl
     | Parquet
@@ -235,6 +270,8 @@ PromptConfig = Annotated[
 Sampled.model_rebuild()
 Perturbed.model_rebuild()
 Mixed.model_rebuild()
+CorruptedPrompts.model_rebuild()
+Concatenated.model_rebuild()
 DataConfig = Annotated[
     Jsonl
     | Parquet
@@ -248,6 +285,8 @@ DataConfig = Annotated[
     | ReasoningGym
     | Sampled
     | Perturbed
-    | Mixed,
+    | Mixed
+    | CorruptedPrompts
+    | Concatenated,
     Field(discriminator="type"),
 ]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rlhf_kit.errors import RunError
 
+FINGERPRINTED = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja")
+
 
 def is_address(path: str) -> bool:
     """Whether `path` is to be fetched by HTTP."""
@@ -39,3 +41,14 @@ def local_file(path: str) -> Path:
                 "path instead"
             ) from error
     return kept
+
+
+def fingerprint(path: Path) -> str | None:
+    """SHA-256 of a file, or of a model's files in the order of their names; None for anything else."""
+    files = [path] if path.is_file() else sorted(file for pattern in FINGERPRINTED for file in path.glob(pattern))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}" if files else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -16,6 +18,8 @@ from datasets.table import InMemoryTable
 
 from rlhf_kit.data.annotations import check_spans, qa_feedback_rows, toxic_spans_rows
 from rlhf_kit.data.config import (
+    Concatenated,
+    CorruptedPrompts,
     DataBase,
     DataConfig,
     Gsm8kSolutions,
@@ -34,10 +38,11 @@ from rlhf_kit.data.config import (
 )
 from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
+from rlhf_kit.data.implicit_prompts import answer_messages, dialogue_messages, opening, split_pair
 from rlhf_kit.data.marketplace import marketplace
 from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
 from rlhf_kit.data.mixing import with_replay
-from rlhf_kit.data.perturbations import perturbed_rows
+from rlhf_kit.data.perturbations import corrupted_prompts, perturbed_rows
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.tool_tasks import tool_arithmetic
 from rlhf_kit.data.verifiers import verify
@@ -57,6 +62,17 @@ Sampler = Callable[[Sampled, Dataset], Sequence[Sequence[SampledCompletion]]]
 COMPLETIONS = ("completion", "chosen", "rejected")
 
 
+class Origins(NamedTuple):
+    """Where the rows of a data set come from: what it is called, and their places in it, from 0."""
+
+    source: str
+    places: Sequence[int]
+
+    def name(self, row: int) -> str:
+        """What errors call row number `row` (from 0) of what was loaded: the file, and its row there, from 1."""
+        return f"{self.source}, row {self.places[row] + 1}"
+
+
 def load_data(config: DataConfig, sampler: Sampler | None = None) -> Dataset:
     """The data set of `config`: `prompt`, what it has of `completion, label, chosen, rejected`, and the rest.
 
@@ -66,16 +82,21 @@ def load_data(config: DataConfig, sampler: Sampler | None = None) -> Dataset:
     Raises:
         ValueError: the data cannot be used; the message names the file, the row (from 1) and the field.
     """
+    return load_with_origins(config, sampler)[0]
+
+
+def load_with_origins(config: DataConfig, sampler: Sampler | None = None) -> tuple[Dataset, Origins]:
+    """`load_data`, and how errors that show later name a row."""
     source = _source(config)
     dataset = _sampled(config, sampler) if isinstance(config, Sampled) else READERS[type(config)](config)
     dataset = _rename(dataset, config.columns, source)
-    dataset = _with_prompts(dataset)
-    numbers = _selection(len(dataset), config, source)
+    dataset = _with_prompts(dataset, source)
+    numbers = _selection(dataset, config, source)
     dataset = dataset.select(numbers)
     if isinstance(config, Gsm8kSolutions | QaFeedback):
         dataset, numbers = _expanded(dataset, numbers, config)
     _check(dataset, numbers, source)
-    return _format(dataset, numbers, config)
+    return _format(_with_templates(dataset, config, source), numbers, config), Origins(source, numbers)
 
 
 def _source(config: DataConfig) -> str:
@@ -86,6 +107,10 @@ def _source(config: DataConfig) -> str:
         return f"perturbed data, from {_source(config.texts)}"
     if isinstance(config, Mixed):
         return f"{_source(config.rows)} with replay of {_source(config.replay)}"
+    if isinstance(config, CorruptedPrompts):
+        return f"corrupted prompts, from {_source(config.rows)}"
+    if isinstance(config, Concatenated):
+        return " and ".join(_source(part) for part in config.sets)
     if isinstance(config, RunningSums | ToolArithmetic | Marketplace):
         return config.type
     return config.task if isinstance(config, ReasoningGym) else config.path
@@ -123,7 +148,8 @@ def _read_parquet(config: Parquet) -> Dataset:
 
 
 def _read_hub(config: Hub) -> Dataset:
-    dataset = load_dataset(config.path, config.name, split=config.split, revision=config.revision)
+    places = {"name": config.name, "data_dir": config.data_dir, "revision": config.revision}
+    dataset = load_dataset(config.path, split=config.split, **places)
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{config.path}: split {config.split!r} is not one data set")
     return dataset
@@ -155,6 +181,26 @@ def _read_mixed(config: Mixed) -> Dataset:
         raise ValueError(f"{_source(config)}: {error}") from error
 
 
+def _read_corrupted_prompts(config: CorruptedPrompts) -> Dataset:
+    rows = load_data(config.rows).to_list()
+    corrupted = corrupted_prompts([row["prompt"] for row in rows], config.edits, config.seed)
+    kept = [
+        {**row, "corrupted_prompt": prompt} for row, prompt in zip(rows, corrupted, strict=True) if prompt is not None
+    ]
+    if not kept:
+        raise ValueError(f"{_source(config)}: none of the edits {', '.join(config.edits)} changes any prompt")
+    return _dataset(kept, _source(config))
+
+
+def _read_concatenated(config: Concatenated) -> Dataset:
+    sets = [load_data(part) for part in config.sets]
+    columns = [name for name in sets[0].column_names if all(name in part.column_names for part in sets)]
+    if "prompt" not in columns:
+        have = "; ".join(", ".join(part.column_names) for part in sets)
+        raise ValueError(f"{_source(config)}: their columns ({have}) have no prompt in common")
+    return _dataset([{name: row[name] for name in columns} for part in sets for row in part.to_list()], _source(config))
+
+
 def _read_running_sums(config: RunningSums) -> Dataset:
     rows = running_sums(config.size, config.terms, config.modulus, config.seed, config.largest, config.multiplier)
     return _dataset(rows, "running_sums")
@@ -183,6 +229,8 @@ READERS: Mapping[type[DataBase], Callable[[Any], Dataset]] = {
     ToxicSpans: _read_toxic_spans,
     Perturbed: _read_perturbed,
     Mixed: _read_mixed,
+    CorruptedPrompts: _read_corrupted_prompts,
+    Concatenated: _read_concatenated,
     RunningSums: _read_running_sums,
     ToolArithmetic: _read_tool_arithmetic,
     Marketplace: _read_marketplace,
@@ -241,12 +289,44 @@ def _one_type(values: Sequence[Any]) -> bool:
     return True
 
 
-def _with_prompts(dataset: Dataset) -> Dataset:
-    """An annotated text that answers no prompt has an empty one."""
-    names = dataset.column_names
-    if "prompt" in names or not {"text", "spans"} <= set(names):
+def _with_prompts(dataset: Dataset, source: str) -> Dataset:
+    """An annotated text that answers no prompt has an empty one; pairs without one have it in both completions."""
+    names = set(dataset.column_names)
+    if "prompt" in names:
         return dataset
-    return cast(Any, dataset).add_column("prompt", [""] * len(dataset))
+    if {"text", "spans"} <= names:
+        return cast(Any, dataset).add_column("prompt", [""] * len(dataset))
+    if not {"chosen", "rejected"} <= names:
+        return dataset
+    split: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": []}
+    for number, row in enumerate(dataset.to_list(), start=1):
+        try:
+            parts = split_pair(row["chosen"], row["rejected"])
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+        for name, part in zip(split, parts, strict=True):
+            split[name].append(part)
+    rest = {name: dataset[name][:] for name in dataset.column_names if name not in split}
+    return Dataset.from_dict({**split, **rest})
+
+
+def _with_templates(dataset: Dataset, config: DataBase, source: str) -> Dataset:
+    """The columns that `templates` add, as text; the rows' other columns stand in the braces."""
+    names = dataset.column_names
+    for new, template in config.templates.items():
+        if new in names:
+            raise ValueError(f"{source}: templates make {new!r}, and there is a column {new!r} already")
+        unknown = [name for name in re.findall(r"\{(\w+)\}", template) if name not in names]
+        if unknown:
+            raise ValueError(f"{source}: the template of {new!r} asks for {unknown[0]!r}, and there is only {names}")
+    if not config.templates:
+        return dataset
+    made = {new: [_filled(text, row) for row in dataset.to_list()] for new, text in config.templates.items()}
+    return Dataset.from_dict({**{name: dataset[name][:] for name in names}, **made})
+
+
+def _filled(template: str, row: Row) -> str:
+    return re.sub(r"\{(\w+)\}", lambda place: str(row[place[1]]), template)
 
 
 def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
@@ -268,11 +348,20 @@ def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Datase
     return Dataset(InMemoryTable(renamed))
 
 
-def _selection(size: int, config: DataBase, source: str) -> list[int]:
-    """The positions that shuffling, skipping and limiting leave."""
+def _selection(dataset: Dataset, config: DataBase, source: str) -> list[int]:
+    """The positions that the range of hashes, shuffling, skipping and limiting leave."""
+    size = len(dataset)
     if size == 0:
         raise ValueError(f"{source}: there are no rows")
     positions = list(range(size))
+    if config.hash_range is not None:
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"{source}: hash_range reads prompts, and there are only {', '.join(dataset.column_names)}"
+            )
+        low, high = config.hash_range
+        hashes = [_hash(prompt) for prompt in dataset["prompt"]]
+        positions = [place for place in positions if low <= hashes[place] < high]
     if config.shuffle_seed is not None:
         random.Random(f"shuffle {config.shuffle_seed}").shuffle(positions)
     stop = None if config.limit is None else config.skip + config.limit
@@ -280,6 +369,12 @@ def _selection(size: int, config: DataBase, source: str) -> list[int]:
     if not positions:
         raise ValueError(f"{source}: no row is left of {size} after skip: {config.skip}")
     return positions
+
+
+def _hash(prompt: Any) -> float:
+    """A number in [0, 1) that depends on nothing but how a prompt opens."""
+    text = opening(prompt) if isinstance(prompt, str) or is_messages(prompt) else repr(prompt)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _expanded(items: Dataset, numbers: list[int], config: Gsm8kSolutions | QaFeedback) -> tuple[Dataset, list[int]]:
@@ -342,9 +437,14 @@ def _format(dataset: Dataset, numbers: Sequence[int], config: DataConfig) -> Dat
             changed["prompt"].append(template.replace("{prompt}", prompt))
     if config.chat:
         prompts = changed.get("prompt", dataset["prompt"])
-        changed["prompt"] = [prompt_messages(prompt, config.system) for prompt in prompts]
+        turns = [dialogue_messages(prompt) if isinstance(prompt, str) else None for prompt in prompts]
+        told = [prompt if turn is None else turn for prompt, turn in zip(prompts, turns, strict=True)]
+        changed["prompt"] = [prompt_messages(prompt, config.system) for prompt in told]
         for name in set(COMPLETIONS) & set(dataset.column_names):
-            changed[name] = [completion_messages(completion) for completion in dataset[name]]
+            changed[name] = [
+                completion_messages(said) if turn is None or not isinstance(said, str) else answer_messages(said)
+                for said, turn in zip(dataset[name], turns, strict=True)
+            ]
     if "label" in dataset.column_names:
         changed["label"] = [bool(label) for label in dataset["label"]]
     if not changed:

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_kit.data.load import Origins
 from rlhf_kit.data.messages import completion_messages, completion_text
+from rlhf_kit.errors import RunError
 from rlhf_kit.rollout import Text
 
 OutcomeRows = Mapping[str, Tensor]
+Encoded = TypeVar("Encoded")
 
 
-def encode_outcomes(data: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def encode_outcomes(
+    data: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, origins: Origins | None = None
+) -> Dataset:
     """Rows of `prompt_ids`, `completion_ids` (closed by an end-of-sequence token), `length` and a float `label`.
 
     `length` is the number of tokens, which transformers' `train_sampling_strategy: group_by_length` reads.
+
+    Raises:
+        RunError: a row cannot be encoded; the message names it as `origins` does.
     """
-    rows = []
-    for row in data:
-        ids = encode_row(tokenizer, row["prompt"], row["completion"])
-        if "completion_ids" in row:  # what was sampled: the text may have other tokens, and a cut-off one has no end
-            ids["completion_ids"] = row["completion_ids"]
-        rows.append({**ids, "length": sum(map(len, ids.values())), "label": float(row["label"])})
-    return Dataset.from_list(rows)
+
+    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+        ids = encode_row(tokenizer, row["prompt"], row["completion"], row.get("completion_ids"))
+        return {**ids, "length": sum(map(len, ids.values())), "label": float(row["label"])}
+
+    return Dataset.from_list(list(each_row(data, origins, encode)))
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> dict[str, list[int]]:
+def each_row(
+    data: Iterable[Mapping[str, Any]], origins: Origins | None, encode: Callable[[Mapping[str, Any]], Encoded]
+) -> Iterator[Encoded]:
+    """What `encode` makes of each row.
+
+    Raises:
+        RunError: of a row it raised; the message names that as `origins` does.
+    """
+    for number, row in enumerate(data):
+        try:
+            yield encode(row)
+        except (TypeError, ValueError) as error:
+            name = f"data, row {number + 1}" if origins is None else origins.name(number)
+            raise RunError(f"{name}: {error}") from error
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, sampled: Sequence[int] | None = None
+) -> dict[str, list[int]]:
     """Ids of a prompt as generation sees it, and of its completion as if it had been sampled behind it.
 
     The two are encoded apart, so that the completion starts on a token of its own; it ends with the token that ends
-    a turn in the chat template, or else the end-of-sequence token.
+    a turn in the chat template, or else the end-of-sequence token. `sampled` ids stay as they are: the text may have
+    other tokens, and a completion that was cut off has no end.
 
     Raises:
         ValueError: the chat template renders the prompt differently once an answer follows.
@@ -44,7 +70,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Tex
         prompt_ids = _ids(tokenizer, prompt_text)
     else:
         prompt_ids = _ids(tokenizer, prompt_text, add_special_tokens=False)
-    return {"prompt_ids": prompt_ids, "completion_ids": _closed(_ids(tokenizer, text, False), tokenizer)}
+    own = _closed(_ids(tokenizer, text, False), tokenizer) if sampled is None else list(sampled)
+    return {"prompt_ids": prompt_ids, "completion_ids": own}
 
 
 def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from rlhf_kit.data.messages import completion_text
+from rlhf_kit.data.messages import completion_text, content_text
 from rlhf_kit.rollout import CharRange, Text
 
 Row = dict[str, Any]
@@ -60,6 +60,22 @@ def perturbed_rows(
                     rows.append({"prompt": prompt, "text": edited, "spans": spans, "edit": edit})
                     break
     return rows
+
+
+def corrupted_prompts(prompts: Sequence[Text], edits: Sequence[str], seed: int) -> list[Text | None]:
+    """Each prompt after one edit, of a conversation its last message; None where no edit finds anything to change."""
+    plain = [prompt if isinstance(prompt, str) else content_text(prompt[-1]) for prompt in prompts]
+    pool = Pool(_found(_ENTITY, plain), _found(_WORD, plain))
+    corrupted: list[Text | None] = []
+    for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
+        chance = random.Random(f"corrupt {seed} {number}")
+        tried = (perturb(text, edit, pool, chance) for edit in chance.sample(list(edits), len(edits)))
+        edited = next((found for found in tried if found is not None), None)
+        whole = (
+            edited if isinstance(prompt, str) or edited is None else [*prompt[:-1], {**prompt[-1], "content": edited}]
+        )
+        corrupted.append(whole)
+    return corrupted
 
 
 def perturb(text: str, edit: str, pool: Pool, chance: random.Random) -> str | None:

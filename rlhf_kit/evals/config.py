@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt
 from rlhf_kit.config import Config, Location
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+# What each verifier reads of a row.
+VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reasoning_gym_entry", "marketplace": "has"}
 
 
 class Evaluation(Config):

@@ -60,8 +60,8 @@ def auc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
     return float((below + not_above).mean() / 2 / len(ranked))
 
 
-def accuracy_interval(correct: Sequence[bool]) -> Interval:
-    """The 95 % interval of a share of successes (Wilson, *Probable Inference*, 1927).
+def accuracy_interval(correct: Sequence[float]) -> Interval:
+    """The 95 % interval of a share of successes (Wilson, *Probable Inference*, 1927); a success is 1, half of one 0.5.
 
     With n trials, share p and z = 1.96: `( p + z^2/2n +- z*sqrt(p(1-p)/n + z^2/4n^2) ) / (1 + z^2/n)`.
 

@@ -22,12 +22,10 @@ from transformers import (
 )
 
 from rlhf_kit.errors import RunError
-from rlhf_kit.models.config import Lora, Pretrained
+from rlhf_kit.models.config import SEQUENCE_HEAD, Lora, Pretrained
 from rlhf_kit.models.loading import holds_adapter, load_model, lora_config
 from rlhf_kit.models.zero3 import load_undivided
 from rlhf_kit.rollout import CharRange
-
-SEQUENCE_HEAD = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Pretrained(Config):
 
 
 RUNNING_SUMS_MODULUS = 23
+SEQUENCE_HEAD = "ForSequenceClassification"  # how the classes of these models are named
 
 
 class Scratch(Config):

@@ -27,6 +27,7 @@ def generate_ids(
     *,
     max_new_tokens: int,
     temperature: float | None = None,
+    top_p: float = 1.0,
     batch_size: int = 64,
     synced_gpus: bool | None = None,
     on_batch: Callable[[int, int], object] = lambda done, total: None,
@@ -35,6 +36,7 @@ def generate_ids(
 
     Prompts are text or messages (rendered with the tokenizer's chat template). `synced_gpus` is transformers': None
     lets the processes of ZeRO-3 wait for each other at every token, False is for a model that each has whole.
+    With `top_p` only the likeliest tokens are sampled that have that much of the probability together.
     `on_batch` is told how many rows are done, of how many, at the start and after each batch.
     """
     policy = cast(Any, model)  # transformers adds `generate` to the classes that it instantiates
@@ -42,7 +44,7 @@ def generate_ids(
     model.eval()
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature is not None:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = eos_token_ids(model, tokenizer)
     completions: list[list[int]] = []
     on_batch(0, len(prompts))

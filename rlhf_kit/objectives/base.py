@@ -116,5 +116,6 @@ class Objective(Config):
         return None
 
 
+PAIRED = ("prompt", "chosen", "rejected")
 PAIR = {"chosen": ("prompt", "chosen"), "rejected": ("prompt", "rejected")}
 SINGLE = {"completion": ("prompt", "completion")}

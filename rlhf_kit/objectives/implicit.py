@@ -31,7 +31,9 @@ class Ce(Objective):
 
         reward = self.beta * rows["completion"].log_ratios
         logits, labels = reward + rows.columns["offset"], rows.columns["label"]
-        return Loss(binary_cross_entropy_with_logits(logits, labels, reduction="none"), {"reward": reward.detach()})
+        return Loss(
+            binary_cross_entropy_with_logits(logits, labels, reduction="none"), {"rewards/implicit": reward.detach()}
+        )
 
 
 class Nca(Objective):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import NonNegativeFloat
 
 from rlhf_kit.config import Config
+from rlhf_kit.objectives.base import PAIRED
 
 
 class TrlObjective(Config):
@@ -28,7 +29,7 @@ class Dpo(TrlObjective):
     """Direct preference optimisation (arXiv 2305.18290) and its relatives: any of TRL's `loss_type`s, or their sum
     with `loss_weights`."""
 
-    columns_read: ClassVar = ("prompt", "chosen", "rejected")
+    columns_read: ClassVar = PAIRED
 
     type: Literal["dpo"]
     beta: NonNegativeFloat = 0.1

@@ -58,8 +58,8 @@ SCHEMA: Mapping[str, Any] = {
 class LlmCriticConfig(TextSourceConfig):
     """`good` or `bad` on each passage that the `judge` quotes (DRLC, arXiv 2401.07382, where they are alpha_2).
 
-    Departure: the paper pays alpha_2 to every token of a passage. Here a passage earns it once, wherever `placement`
-    puts it, so that neither long passages nor fine tokenizers earn more.
+    Departure: the paper pays alpha_2 to every token of a passage, which here is `placement: each`. Elsewhere a passage
+    earns it once, wherever `placement` puts it, so that neither long passages nor fine tokenizers earn more.
 
     The critic reads `task`, the prompt, the completion and, with `show_outcome`, its outcome. With `ask: below` it is
     asked only about completions whose outcome lies below `threshold`; the others earn 0. Outcomes are those of the

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_kit.config import Config, Location
-from rlhf_kit.models.config import Pretrained, Scratch
+from rlhf_kit.models.config import SEQUENCE_HEAD, Pretrained, Scratch
 from rlhf_kit.problems import Problem, did_you_mean, listed
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rewards.text import Judged, Segments, TextSource, TextSourceConfig
@@ -80,11 +80,24 @@ class SegmentModelConfig(TextSourceConfig):
         if self.segments is None and not (folder / SEGMENT_RECORD).is_file():
             remedy = "write how it cuts, as in segments: {by: sentence}"
             yield Problem("segments", f"{self.path} has no {SEGMENT_RECORD} that says it", remedy=remedy)
-        known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        reads_sequences = any(str(name).endswith(SEQUENCE_HEAD) for name in model.get("architectures") or ())
+        if reads_sequences and self._cut_in(folder) == "token":
+            remedy = "set segments, as in segments: {by: sentence}"
+            yield Problem("segments.by", f"{self.path} classifies sequences, not tokens", "token", remedy)
+        known = model.get("id2label") or {}
         for label in self.labels if known else ():
             if label not in known.values():
                 remedy = did_you_mean(label, known.values(), f"it has {listed(known.values())}")
                 yield Problem(f"labels.{label}", f"{self.path} has no such label", remedy=remedy)
+
+    def _cut_in(self, folder: Path) -> str | None:
+        """How texts are cut, as far as it is said here or beside the model."""
+        if self.segments is not None:
+            return self.segments.by
+        if not (folder / SEGMENT_RECORD).is_file():
+            return None
+        return json.loads((folder / SEGMENT_RECORD).read_text(encoding="utf-8")).get("segments", {}).get("by")
 
     def build(self, context: BuildContext) -> SegmentModel:
         """The source, with its model on the policy's device."""

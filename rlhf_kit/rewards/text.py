@@ -80,12 +80,13 @@ def own_turns(rollout: Rollout, row: int) -> list[CharRange]:
 class TextSourceConfig(SourceConfig):
     """Fields of sources that reward character spans.
 
-    A span's reward lands on its last token (`placement: end`), its first (`start`), or in equal parts on all of them
-    (`spread`). With `per_segment: mean` the rewards of a completion are divided by the number of its spans, so that
-    more of them earn no more; those that lie on no token of the policy's neither count nor are kept.
+    A span's reward lands on its last token (`placement: end`), its first (`start`), in equal parts on all of them
+    (`spread`), or whole on every one (`each`), so that long spans and fine tokenizers earn more. With `per_segment:
+    mean` the rewards of a completion are divided by the number of its spans, so that more of them earn no more; those
+    that lie on no token of the policy's neither count nor are kept.
     """
 
-    placement: Literal["end", "spread", "start"] = "end"
+    placement: Literal["end", "spread", "start", "each"] = "end"
     per_segment: Literal["sum", "mean"] = "sum"
 
     @property

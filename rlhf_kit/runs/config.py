@@ -9,12 +9,24 @@ from pydantic import Field, StringConstraints
 
 from rlhf_kit import yaml12
 from rlhf_kit.config import Config
+from rlhf_kit.pairs.builder import OUTPUTS as PAIRS_OUTPUTS
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.trainers.config import StageConfig
 
-OUTPUTS = {**dict.fromkeys(("sft", "reward", "segment", "preference"), ("model",)), "ppo": ("model", "prm")}
+OUTPUTS = {
+    **dict.fromkeys(("sft", "reward", "segment", "preference", "bootstrap"), ("model",)),
+    "ppo": ("model", "prm"),
+    "eval": (),
+    "pairs": PAIRS_OUTPUTS,
+}
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
 StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+def file_of(output: str, rows_format: str = "parquet") -> str:
+    """What an output is called in its stage's folder: rows have their format's suffix."""
+    return f"{output}.{rows_format}" if output in PAIRS_OUTPUTS else output
 
 
 class Recipe(Config):
@@ -41,7 +53,10 @@ class Recipe(Config):
 
     def outputs(self, name: str) -> tuple[Path, ...]:
         """What the stage may leave behind for later stages."""
-        return tuple(self.stage_folder(name) / output for output in OUTPUTS[self.stages[name].type])
+        stage, folder = self.stages[name], self.stage_folder(name)
+        if isinstance(stage, Pairs):
+            return tuple(folder / file_of(output, stage.format) for output in stage.outputs)
+        return tuple(folder / output for output in OUTPUTS[stage.type])
 
     def to_yaml(self) -> str:
         """The recipe as a recipe file, every default filled in; it loads back as an equal recipe."""

@@ -23,6 +23,7 @@ from rlhf_kit.world_size import launch_of
 RESULT_FILE = "result.json"
 RECIPE_FILE = "recipe.resolved.yaml"
 LOCK_FILE = ".lock"
+REPEATING = ("eval", "bootstrap")
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +93,23 @@ def _claim(recipe: Recipe) -> None:
     launch = {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch_of()}
     written, text = folder / RECIPE_FILE, redact(recipe.to_yaml())
     if written.is_file():
-        _check_same(folder, yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text))
+        before, now = yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text)
+        _check_same(folder, _without_evaluations(before), _without_evaluations(now))
         _check_launch(recipe, launch)
+        if before != now:
+            write_whole(written, text)
     else:
         write_whole(written, text)
     if not read_manifest(folder):
         write_manifest(folder, **describe_run(recipe), **launch)
+
+
+def _without_evaluations(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe less what stages say that repeat what has changed and nothing else."""
+    if recipe.get("type") in REPEATING:
+        return {key: recipe[key] for key in ("name", "runs_dir", "seed", "type") if key in recipe}
+    stages = recipe.get("stages") or {}
+    return {**recipe, "stages": {name: stage for name, stage in stages.items() if stage.get("type") not in REPEATING}}
 
 
 def _check_same(folder: Path, before: Any, now: Any) -> None:

@@ -2,13 +2,14 @@
 
 Completions are untrusted text: all that comes from a sample is escaped, and nothing here needs a script.
 A sample is a line of a samples file: `prompt`, `completion`, `tokens`, and as many `advantages`, `rewards` by
-source, `values`, `kl`, `action_mask`, besides `outcome`, `step_truth` and `spans`: for each source the
+source, `values`, `kl`, `action_mask`, `offsets`, besides `outcome`, `step_truth` and `spans`: for each source the
 `[start, end, reward]` of what it judged, in characters of `completion`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -25,6 +26,8 @@ STRONGEST = 0.72
 MAX_TOKENS = 2000
 SHORT = 80  # completions up to this many tokens stand side by side
 MAX_SPANS = 6  # of one token that are told
+CONTINUED = "<i>·</i>"
+DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 JudgedSpan = tuple[str, int, int, float | None]  # source, start, end, reward
 STYLE = f"<style>\n{(Path(__file__).parent / 'heatmap.css').read_text(encoding='utf-8')}</style>\n"
@@ -81,11 +84,12 @@ def _card(sample: Mapping[str, Any], scale: float) -> str:
     tokens = sample.get("tokens") or []
     places, spans = _places(sample), _spans(sample)
     marks, holding = _step_marks(sample, places), _holding(spans)
-    shown = ""
+    shown, read = "", 0
     for index, (start, end) in enumerate(places[:MAX_TOKENS]):
         over = [spans[k] for k in sorted({k for character in range(start, end) for k in holding.get(character, ())})]
         net = {c: sum(spans[k][3] or 0.0 for k in holding[c]) for c in range(start, end) if c in holding}
-        text = _underlined(str(tokens[index]), start, net)
+        text = _underlined(str(tokens[index]), start, net, min(max(read - start, 0), end - start))
+        read = max(read, end)
         shown += _token(sample, index, scale, text, over) + _mark(marks.get(index))
     if len(tokens) > MAX_TOKENS:
         shown += f"<i> … {len(tokens) - MAX_TOKENS} more tokens</i>"
@@ -103,11 +107,17 @@ def _head(sample: Mapping[str, Any]) -> str:
     elif outcome is not None:
         parts.append(f"<span>outcome <b>{format_number(outcome)}</b></span>")
     for source, rewards in (sample.get("rewards") or {}).items():
-        total = sum(reward for reward in rewards or [] if reward is not None)
+        total = _total([reward for reward in rewards or [] if reward is not None])
         parts.append(f"<span>{_clean(source)} <b>{format_number(total)}</b></span>")
     actions = sum(_is_action(sample, index) for index in range(len(sample.get("tokens") or [])))
     parts.append(f"<span><b>{actions}</b> tokens</span>")
     return f'<div class="hm-head">{"".join(parts)}</div>'
+
+
+def _total(rewards: Sequence[float]) -> float:
+    """Their sum; 0 where nothing but the rounding of float32 is left of it."""
+    total = math.fsum(rewards)
+    return 0.0 if abs(total) < 1e-6 * math.fsum(map(abs, rewards)) else total
 
 
 def _prompt(sample: Mapping[str, Any]) -> str:
@@ -135,12 +145,18 @@ def _shown(text: str) -> str:
     return _clean(text).replace("\n", "<i>↵</i>\n")
 
 
-def _underlined(text: str, start: int, net: Mapping[int, float]) -> str:
-    """A token's text, its judged characters underlined by the sign of their spans' rewards; it begins at `start`."""
+def _underlined(text: str, start: int, net: Mapping[int, float], known: int) -> str:
+    """A token's text, its judged characters underlined by the sign of their spans' rewards; it begins at `start`.
+
+    Its first `known` characters stand in the token before it already. Where there are no others a dot shows that the
+    token has a part of the last of them.
+    """
     parts = []
     signs = [None if start + k not in net else (net[start + k] > 0) - (net[start + k] < 0) for k in range(len(text))]
-    for sign, run in groupby(zip(text, signs, strict=True), key=lambda pair: pair[1]):
-        part = _shown("".join(character for character, _ in run))
+    dots = 0 < known == len(text)
+    places = [known - 1] if dots else range(known, len(text))
+    for sign, run in groupby(places, key=lambda place: signs[place]):
+        part = CONTINUED if dots else _shown("".join(text[place] for place in run))
         kind = {1: ' class="hm-up"', -1: ' class="hm-down"', 0: ""}
         parts.append(part if sign is None else f"<u{kind[sign]}>{part}</u>")
     return "".join(parts)
@@ -177,10 +193,12 @@ def _holding(spans: Sequence[JudgedSpan]) -> dict[int, list[int]]:
 
 
 def _places(sample: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Characters of the completion that each token shows; none where it is no part of the text, as special tokens.
+    """Characters of the completion that each token has; none where it is no part of the text, as special tokens.
 
-    A character that two tokens share is shown by both.
+    They are its `offsets`, or else what fits: a character may belong to two tokens.
     """
+    if len(sample.get("offsets") or ()) == len(sample.get("tokens") or ()):
+        return [(int(start), int(end)) for start, end in sample.get("offsets") or ()]
     text = str(sample.get("completion") or "")
     places, position = [], 0
     for token in sample.get("tokens") or []:
@@ -218,9 +236,12 @@ def _at(values: Sequence[Any] | None, index: int) -> Any:
 
 
 def _clean(text: object) -> str:
-    """Escaped text without control characters, which browsers and terminals may act upon."""
-    visible = "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t" else char
-        for char in str(text)
-    )
+    """Escaped text without control characters, which browsers and terminals may act upon, and what turns text round."""
+    visible = "".join("\N{REPLACEMENT CHARACTER}" if _is_control(character) else character for character in str(text))
     return escape(visible, quote=True)
+
+
+def _is_control(character: str) -> bool:
+    if unicodedata.category(character) in ("Cc", "Cs"):
+        return character not in "\n\t"
+    return character in DIRECTIONS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_kit.data.files import fingerprint
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
 
@@ -21,7 +21,6 @@ MANIFEST_FILE = "manifest.json"
 PACKAGES = (
     "rlhf-kit", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "wandb", "vllm"
 )  # fmt: skip
-FINGERPRINTED = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja")
 
 
 def write_manifest(folder: Path, **fields: Any) -> None:
@@ -64,7 +63,7 @@ def describe_stage(recipe: Recipe, name: str) -> dict[str, Any]:
         for other in recipe.stages
         if other != name and any(Path(path) in recipe.outputs(other) for path in paths.values())
     ]
-    prints = {field: _fingerprint(Path(path)) for field, path in paths.items()}
+    prints = {field: fingerprint(Path(path)) for field, path in paths.items()}
     return {"parents": parents, "inputs": {field: value for field, value in prints.items() if value}}
 
 
@@ -103,14 +102,3 @@ def _paths(config: Any, field: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(config, list | tuple):
         for index, value in enumerate(config):
             yield from _paths(value, f"{field}.{index}")
-
-
-def _fingerprint(path: Path) -> str | None:
-    """SHA-256 of a file, or of a model's files in the order of their names; None for anything else."""
-    files = [path] if path.is_file() else sorted(file for pattern in FINGERPRINTED for file in path.glob(pattern))
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}" if files else None

@@ -15,30 +15,50 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_kit.errors import RunError
+from rlhf_kit.evals.stage import Eval
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
+from rlhf_kit.runs.evaluations import read_evaluations, shown
 from rlhf_kit.runs.folder import RESULT_FILE, opened, record_stage
 from rlhf_kit.runs.manifest import read_manifest, write_manifest, write_whole
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
 from rlhf_kit.runs.report import REPORT_FILE, write_report
 from rlhf_kit.runs.trackers import TENSORBOARD_FOLDER, show_samples, tracked
-from rlhf_kit.trainers.config import StageConfig
+from rlhf_kit.trainers.config import Bootstrap, StageConfig
 from rlhf_kit.trainers.setup import StageRun
 
 
-def run_pipeline(recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | None = None) -> dict[str, Any]:
+def run_pipeline(
+    recipe: Recipe, functions: Mapping[str, Callable[..., Any]] | None = None, evaluations_alone: bool = False
+) -> dict[str, Any]:
     """Run every stage that is not yet done, write the report, and return the stages' results.
 
     The same command goes on where it was stopped, and leaves a run that is done as it is. `functions` are reward
-    functions by the names that the recipe uses.
+    functions by the names that the recipe uses. With `evaluations_alone` only `eval` stages run.
 
     Raises:
-        RunError: the run folder belongs to another recipe, or a stage cannot go on.
+        RunError: the run folder belongs to another recipe, a stage cannot go on, or, with `evaluations_alone`, a stage
+            that trains is not done.
     """
+    if evaluations_alone:
+        _refuse_what_is_not_trained(recipe)
     _quiet_libraries()
     main = int(os.environ.get("RANK", "0")) == 0
     with opened(recipe) if main else nullcontext():
         return _run_stages(recipe, functions or {}, main)
+
+
+def _refuse_what_is_not_trained(recipe: Recipe) -> None:
+    if not any(isinstance(stage, Eval) for stage in recipe.stages.values()):
+        raise RunError("the recipe has no stage of type eval: add one, or run it with `rlhf-kit train`")
+    for name, stage in recipe.stages.items():
+        if not isinstance(stage, Eval) and not (recipe.stage_folder(name) / RESULT_FILE).is_file():
+            raise RunError(
+                f"stage '{name}' is not done in {recipe.run_folder}: run `rlhf-kit train` with this recipe first, or "
+                "take it out ('~stages." + name + "') and write the folders that the evaluations read"
+            )
 
 
 def _run_stages(recipe: Recipe, functions: Mapping[str, Callable[..., Any]], main: bool) -> dict[str, Any]:
@@ -57,7 +77,8 @@ def _run_stages(recipe: Recipe, functions: Mapping[str, Callable[..., Any]], mai
             write_manifest(folder, interrupted=time.time())
         raise
     finally:
-        if main and not (finished and (folder / REPORT_FILE).is_file()):
+        evaluates = any(isinstance(stage, Eval) for stage in recipe.stages.values())
+        if main and (evaluates or not (finished and (folder / REPORT_FILE).is_file())):
             write_report(folder)
     if main:
         _print_results(recipe, results)
@@ -69,21 +90,55 @@ def _run_stage(
 ) -> dict[str, Any]:
     folder = recipe.stage_folder(name)
     done = folder / RESULT_FILE
-    if done.is_file():
+    if done.is_file() and not isinstance(stage, Eval | Bootstrap):  # which know themselves what has to be repeated
         return json.loads(done.read_text())
+    if main:
+        record_stage(recipe, name, begun=StageRun(folder).last_checkpoint() is not None)
+    if isinstance(stage, Bootstrap):
+        return _run_bootstrap(recipe, stage, folder, functions, main)
+    return _run_in(recipe, name, stage, folder, functions, main)
+
+
+def _run_bootstrap(
+    recipe: Recipe, stage: Bootstrap, folder: Path, functions: Mapping[str, Callable[..., Any]], main: bool
+) -> dict[str, Any]:
+    from rlhf_kit.runs.bootstrap import run_bootstrap
+
+    started = time.time()
+    progress = ProgressCallback(folder.name) if main else None
+    run = StageRun(folder, recipe.seed, functions=functions, progress=progress.show_work if progress else None)
+    with closing(progress) if progress else nullcontext():
+        results = run_bootstrap(
+            stage, run, lambda step, where, name: _run_in(recipe, name, step, where, functions, main)
+        )
+    results["minutes"] = round((time.time() - started) / 60, 2)
+    if main:
+        write_whole(folder / RESULT_FILE, json.dumps(results, indent=2))
+    return results
+
+
+def _run_in(
+    recipe: Recipe,
+    name: str,
+    stage: StageConfig,
+    folder: Path,
+    functions: Mapping[str, Callable[..., Any]],
+    main: bool,
+) -> dict[str, Any]:
+    """Run a stage in a folder, watched and tracked, and record its results there."""
+    done = folder / RESULT_FILE
     watchers = _watchers(folder, name) if main else ()
     run = StageRun(
         folder=folder,
         seed=recipe.seed,
+        recipe=recipe.name,
         callbacks=watchers,
         functions=functions,
         log_samples=partial(_log_samples, folder) if main else None,
         progress=watchers[1].show_work if watchers else None,
     )
-    if main:
-        record_stage(recipe, name, begun=run.last_checkpoint() is not None)
     started = time.time()
-    with tracked(recipe, name, folder) if main else nullcontext(), ExitStack() as stack:
+    with tracked(recipe, name, stage, folder) if main else nullcontext(), ExitStack() as stack:
         for watcher in watchers:
             stack.enter_context(closing(watcher))
         results = _runner(stage)(stage, run)
@@ -127,9 +182,29 @@ def _runner(stage: StageConfig) -> Callable[[Any, StageRun], dict[str, Any]]:
         from rlhf_kit.trainers.preference import run_preference
 
         return run_preference
+    if stage.type == "eval":
+        return _run_evaluations
+    if stage.type == "pairs":
+        return _run_pairs
     from rlhf_kit.trainers.run_ppo import run_ppo
 
     return run_ppo
+
+
+def _run_pairs(stage: Pairs, run: StageRun) -> dict[str, Any]:
+    from rlhf_kit.pairs.stage import run_pairs
+
+    return run_pairs(
+        stage, run.folder, seed=run.seed, recipe=run.recipe, functions=run.functions, progress=run.on_batch
+    )
+
+
+def _run_evaluations(stage: Eval, run: StageRun) -> dict[str, Any]:
+    from rlhf_kit.evals.run import run_eval
+    from rlhf_kit.trainers.sampling import sample_completions
+
+    sampler = partial(sample_completions, on_batch=run.on_batch("sampling"))
+    return run_eval(stage, run.folder, seed=run.seed, sampler=sampler, functions=run.functions, progress=run.on_batch)
 
 
 def _print_results(recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -145,7 +220,22 @@ def _print_results(recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> 
             _shown(result.get("minutes")),
         )
     console.print(table)
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, Eval) and name in results:
+            _print_evaluations(console, recipe.stage_folder(name))
     console.print(f"report: {recipe.run_folder / REPORT_FILE}", soft_wrap=True, markup=False)
+
+
+def _print_evaluations(console: Console, folder: Path) -> None:
+    """The first table of each evaluation; the others are in the report."""
+    for content in read_evaluations(folder):
+        for first in content["tables"][:1]:
+            table = Table(
+                *first["columns"], title=f"{content['name']}: {first['title']}", box=None, title_justify="left"
+            )
+            for row in first["rows"]:
+                table.add_row(*(shown(cell) for cell in row))
+            console.print(table)
 
 
 def _shown(value: Any) -> str:

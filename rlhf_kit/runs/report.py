@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from markupsafe import Markup, escape
 from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
 from rlhf_kit.runs import curves, heatmap
+from rlhf_kit.runs.evaluations import EVALS_FOLDER, evaluation_view, read_evaluations
 from rlhf_kit.runs.formatting import format_duration, format_number, format_time, parse_time
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, read_metrics, read_samples
 from rlhf_kit.runs.summary import headline, summary_rows
@@ -43,6 +45,7 @@ class Stage:
     rows: list[dict[str, Any]]
     samples: dict[int, list[dict[str, Any]]]
     result: dict[str, Any] | None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ def read_run(run_folder: Path) -> Run:
     recipe_text = recipe_path.read_text(encoding="utf-8", errors="replace") if recipe_path.exists() else ""
     types = _stage_types(recipe_path, recipe_text)
     stages = [_read_stage(path, path.name, types) for path in sorted(folder.iterdir()) if _is_stage(path)]
+    for path in sorted(folder.glob("*/round-*/*"), key=lambda path: (path.parent.name, _made(path))):
+        if _is_stage(path) and ".superseded-" not in path.name:  # a step of a bootstrap
+            stages.append(_read_stage(path, " ".join(path.relative_to(folder).parts), types))
     if _is_stage(folder):
         only = next(iter(types), folder.name)
         stages.insert(0, _read_stage(folder, only, types))
@@ -129,12 +135,22 @@ def read_run(run_folder: Path) -> Run:
             "give the folder that `train` made"
         )
     order = list(types)
-    stages.sort(key=lambda stage: (order.index(stage.name) if stage.name in order else len(order), _began(stage)))
+    places = [order.index(name) if (name := stage.name.split(" ")[0]) in order else len(order) for stage in stages]
+    stages = [
+        stage for _, stage in sorted(zip(places, stages, strict=True), key=lambda pair: (pair[0], _began(pair[1])))
+    ]
     return Run(folder.resolve().name, _read_json(folder / MANIFEST_FILE) or {}, recipe_text, stages)
 
 
+def _made(step: Path) -> float:
+    """When a step of a round was begun."""
+    return (step / RESULT_FILE).stat().st_mtime if (step / RESULT_FILE).exists() else math.inf
+
+
 def _is_stage(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FOLDER, RESULT_FILE))
+    return folder.is_dir() and any(
+        (folder / name).exists() for name in (METRICS_FILE, SAMPLES_FOLDER, RESULT_FILE, EVALS_FOLDER)
+    )
 
 
 def _read_stage(folder: Path, name: str, types: Mapping[str, Any]) -> Stage:
@@ -143,7 +159,8 @@ def _read_stage(folder: Path, name: str, types: Mapping[str, Any]) -> Stage:
     samples = read_samples(folder)
     if separator:
         samples = {step: [{"step_separator": separator, **sample} for sample in rows] for step, rows in samples.items()}
-    return Stage(name, recipe.get("type"), read_metrics(folder), samples, _read_json(folder / RESULT_FILE))
+    result = _read_json(folder / RESULT_FILE)
+    return Stage(name, recipe.get("type"), read_metrics(folder), samples, result, read_evaluations(folder))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -236,8 +253,16 @@ def _stage_view(number: int, stage: Stage) -> dict[str, Any]:
             (step, Markup(heatmap.heatmap_cards(stage.samples[step][:MAX_SAMPLES_A_STEP]))) for step in chosen
         ],
         "sampled_steps": len(stage.samples),
-        "result": [(key, _plain(value)) for key, value in _flatten(stage.result or {})],
+        "result": [(key, _plain(value)) for key, value in _flatten(stage.result or {}) if not _is_figure(key)],
+        "evaluations": [
+            evaluation_view(content, f"s{number}e{place}") for place, content in enumerate(stage.evaluations)
+        ],
     }
+
+
+def _is_figure(key: str) -> bool:
+    """Whether a result is a figure of an evaluation, which stands in that evaluation's tables."""
+    return key.startswith("evals.")
 
 
 def _choose_steps(samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[int]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.errors import RunError
+from rlhf_kit.evals.stage import Eval
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.heatmap import heatmap_page
-from rlhf_kit.trainers.config import StageConfig
+from rlhf_kit.trainers.config import Bootstrap, StageConfig
 
 PROJECT = "rlhf_kit"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -23,7 +25,7 @@ _TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
 
 
 @contextmanager
-def tracked(recipe: Recipe, name: str, folder: Path) -> Iterator[None]:
+def tracked(recipe: Recipe, name: str, stage: StageConfig, folder: Path) -> Iterator[None]:
     """Give a stage a wandb run and a folder of tensorboard events of its own, as its `report_to` asks for.
 
     What the user's environment sets (WANDB_PROJECT, WANDB_DIR, TENSORBOARD_LOGGING_DIR) stays, and so does a wandb
@@ -32,12 +34,12 @@ def tracked(recipe: Recipe, name: str, folder: Path) -> Iterator[None]:
     Raises:
         RunError: wandb cannot open a run.
     """
-    trackers = _report_to(recipe.stages[name])
+    trackers = _report_to(stage)
     with ExitStack() as stack:
         if "tensorboard" in trackers:
             stack.enter_context(_tensorboard_folder(folder / TENSORBOARD_FOLDER))
         if "wandb" in trackers:
-            stack.enter_context(_wandb_run(recipe, name, folder))
+            stack.enter_context(_wandb_run(recipe, name, stage, folder))
         yield
 
 
@@ -49,6 +51,8 @@ def show_samples(samples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _report_to(stage: StageConfig) -> set[str]:
+    if isinstance(stage, Eval | Pairs | Bootstrap):
+        return set()
     given = stage.trainer.args.get("report_to") or []
     names = {given} if isinstance(given, str) else set(given)
     return names | {"tensorboard", "wandb"} if "all" in names else names
@@ -67,20 +71,20 @@ def _tensorboard_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _wandb_run(recipe: Recipe, name: str, folder: Path) -> Iterator[None]:
+def _wandb_run(recipe: Recipe, name: str, stage: StageConfig, folder: Path) -> Iterator[None]:
     import wandb
 
     if wandb.run is not None:  # the caller's, a sweep's say: transformers logs to it, and the caller ends it
         yield
         return
-    stage = recipe.stages[name]
+    run_name = None if isinstance(stage, Eval | Pairs | Bootstrap) else stage.trainer.args.get("run_name")
     full_name = recipe.name if recipe.single else f"{recipe.name}/{name}"
     folder.mkdir(parents=True, exist_ok=True)  # wandb would turn to a temporary folder
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             group=recipe.name,
-            name=stage.trainer.args.get("run_name") or full_name,
+            name=run_name or full_name,
             dir=os.environ.get("WANDB_DIR") or str(folder),
             config={"stage": json.loads(redact(json.dumps(stage.model_dump(mode="json"))))},
         )

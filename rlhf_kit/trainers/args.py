@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_kit.problems import Problem, did_you_mean, listed
 from rlhf_kit.trainers.argument_source import Argument, arguments, enum_values, trackers
-from rlhf_kit.trainers.config import Ppo, Preference, Reward, Stage
+from rlhf_kit.trainers.config import Ppo, Preference, Reward, TrainingStage
 
 TOKEN_LEVEL_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo")
 
@@ -250,7 +250,7 @@ class Batch:
         return self.rollout * self.iterations / self.rows_per_update
 
 
-def argument(stage: Stage, name: str) -> Any:
+def argument(stage: TrainingStage, name: str) -> Any:
     """An argument of the stage's trainer: as the recipe gives it, or else the dataclass's default."""
     if name in stage.trainer.args:
         return stage.trainer.args[name]
@@ -260,7 +260,7 @@ def argument(stage: Stage, name: str) -> Any:
     return arguments(class_name)[name].default
 
 
-def batch_of(stage: Stage, world_size: int) -> Batch:
+def batch_of(stage: TrainingStage, world_size: int) -> Batch:
     """The stage's batch arithmetic on `world_size` processes, as TRL computes it."""
     per_device = argument(stage, "per_device_train_batch_size")
     accumulation = argument(stage, "gradient_accumulation_steps")

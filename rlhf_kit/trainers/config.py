@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf_kit.config import Config, Location
-from rlhf_kit.data.config import DataConfig
+from rlhf_kit.data.config import DataConfig, Mixed, Parquet, PromptConfig
 from rlhf_kit.evals.config import Evaluation, Probability, StepEvaluation, StepTruth
-from rlhf_kit.models.config import ModelConfig, Pretrained
+from rlhf_kit.evals.stage import Eval
+from rlhf_kit.models.config import Lora, ModelConfig, Pretrained
 from rlhf_kit.objectives import ObjectiveConfig
+from rlhf_kit.pairs.config import Generation, Pairs
+from rlhf_kit.pairs.selection import SelectConfig
 from rlhf_kit.rewards import RewardConfig
+from rlhf_kit.rewards.dpo_implicit import DpoImplicitConfig
 from rlhf_kit.rewards.text import Segments
 
 
@@ -86,11 +91,20 @@ class Segment(Config):
         return tuple(labels.values()) if isinstance(labels, dict) else tuple((label,) for label in labels)
 
 
+class HeldOutEvaluation(Evaluation):
+    """Greedy accuracy on the prompts of `data`."""
+
+    data: PromptConfig
+
+
 class Preference(Config):
     """Offline preference optimisation by one of the objectives of `rlhf_kit.objectives`.
 
     `reference` is what log-probabilities are compared with where the objective does so: without it the model as it
-    starts, which with a LoRA adapter is its base.
+    starts, which with a LoRA adapter is its base. Rows whose prompt and completion together have more than `max_length`
+    tokens are left out. On `eval_data` with `prompt, chosen, rejected` the model's preference accuracy is measured before
+    and after training, whatever the objective learns from, and with what it learns from its loss; `evaluation` measures
+    the accuracy of greedy completions before and after.
     """
 
     type: Literal["preference"]
@@ -99,6 +113,8 @@ class Preference(Config):
     objective: ObjectiveConfig
     data: DataConfig
     eval_data: DataConfig | None = None
+    evaluation: HeldOutEvaluation | None = None
+    max_length: PositiveInt | None = None
     trainer: TrainerArgs = TrainerArgs()
 
 
@@ -211,5 +227,107 @@ class Ppo(Config):
     trainer: TrainerArgs = TrainerArgs()
 
 
-Stage = Sft | Reward | Segment | Preference | Ppo
+class RoundPairs(Config):
+    """The `pairs` stage of each round of a bootstrap, less the model, which is the round's."""
+
+    data: PromptConfig
+    generation: Generation = Generation()
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    length_debias: Literal["none", "tokens", "characters"] = "none"
+    select: SelectConfig
+    batch_size: PositiveInt = 16
+
+
+class Replay(Config):
+    """Older pairs that are `share` of what each round trains on (`mixed` data)."""
+
+    data: PromptConfig
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class RoundTraining(Config):
+    """The `preference` stage of each round, less the model and the data, which are the round's."""
+
+    objective: ObjectiveConfig
+    peft: Lora | None = None
+    reference: Pretrained | None = None
+    eval_data: DataConfig | None = None
+    trainer: TrainerArgs = TrainerArgs()
+
+
+class Stop(Config):
+    """Ends a bootstrap when the accuracy has not risen by more than `min_delta` in `patience` rounds."""
+
+    patience: PositiveInt = 1
+    min_delta: NonNegativeFloat = 0.0
+
+
+class Bootstrap(Config):
+    """Rounds of pairs and preference optimisation, each from the model of the round before (DICE, arXiv 2406.09760).
+
+    A round samples with its model, scores, selects, mixes with `replay` and trains. A `dpo_implicit` source without
+    `path` scores by the log-ratio of the round's model and the model before it, in the first round `reference`. With
+    `samples_from: reference` that earlier model samples, and the round's only ranks: a model rates highest among its own
+    samples what it has come to like beyond reason, for there the log-ratio can only be large where ref is small. `keep`
+    is the model that later stages get. Every step has a folder of its own in `round-1/`, `round-2/`, ...; a step whose
+    settings, files and models are those that it was done with is not repeated.
+    """
+
+    type: Literal["bootstrap"]
+    model: Pretrained
+    reference: Location | None = None
+    rounds: PositiveInt = 2
+    pairs: RoundPairs
+    replay: Replay | None = None
+    preference: RoundTraining
+    evaluation: HeldOutEvaluation | None = None
+    stop: Stop | None = None
+    keep: Literal["last", "best"] = "last"
+    samples_from: Literal["policy", "reference"] = "policy"
+
+    def model_of(self, number: int, folder: Path) -> Pretrained:
+        """The model after a round; of round 0 the one that it all begins with."""
+        if number == 0:
+            return self.model
+        changes = {
+            "path": str(folder / f"round-{number}" / "preference" / "model"),
+            "revision": None,
+            "gguf_file": None,
+        }
+        return self.model.model_copy(update=changes)
+
+    def pairs_of(self, number: int, folder: Path) -> Pairs:
+        """The `pairs` stage of a round, from 1."""
+        before = self.reference if number == 1 else self.model_of(number - 2, folder).path
+        rewards = tuple(
+            source.model_copy(update={"path": self._ranker(number, folder), "reference": before})
+            if isinstance(source, DpoImplicitConfig) and source.path is None and source.reference is None
+            else source
+            for source in self.pairs.rewards
+        )
+        settings = self.pairs.model_dump(exclude={"rewards"})
+        model = self.model_of(number - 1, folder)
+        if self.samples_from == "reference" and before is not None:
+            model = model.model_copy(update={"path": before})
+        return Pairs.model_validate({**settings, "type": "pairs", "model": model, "round": number, "rewards": rewards})
+
+    def _ranker(self, number: int, folder: Path) -> str | None:
+        """The path of the model whose log-ratio ranks; None where it is the one that samples."""
+        return None if self.samples_from == "policy" else self.model_of(number - 1, folder).path
+
+    def preference_of(self, number: int, folder: Path) -> Preference:
+        """The `preference` stage of a round."""
+        paired = str(folder / f"round-{number}" / "pairs" / "paired.parquet")
+        unpaired = paired.replace("paired.parquet", "unpaired.parquet")
+        one_by_one = "label" in self.preference.objective.columns_read
+        rows = Parquet(type="parquet", path=unpaired if one_by_one else paired)
+        share = self.replay.share if self.replay else 0.5
+        mixed = None if self.replay is None else Mixed(type="mixed", rows=rows, replay=self.replay.data, share=share)
+        model = self.model_of(number - 1, folder).model_copy(update={"peft": self.preference.peft})
+        settings = self.preference.model_dump(exclude={"peft"})
+        return Preference.model_validate({**settings, "type": "preference", "model": model, "data": mixed or rows})
+
+
+TrainingStage = Sft | Reward | Segment | Preference | Ppo
+Stage = TrainingStage | Eval | Pairs | Bootstrap
 StageConfig = Annotated[Stage, Field(discriminator="type")]

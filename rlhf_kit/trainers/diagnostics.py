@@ -187,6 +187,7 @@ class RolloutLog:
                     "prompt": _prompt_text(rollout.prompts[row]),
                     "completion": text,
                     "tokens": pieces,
+                    "offsets": [list(place) for place in rollout.offsets[row][:length]],
                     "advantages": advantages[row, :length].tolist(),
                     "rewards": {k: v.tokens[row, :length].tolist() for k, v in scores.rewards.items()},
                     "spans": _spans(scores, row),

@@ -1,19 +1,116 @@
-"""What the stages that learn from fixed rows share: the reference, and the columns that an objective reads."""
+"""What the stages that learn from fixed rows share: their rows as ids, the reference, and the trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.utils import disable_dropout_in_model
 
+from rlhf_kit.data.config import DataConfig
+from rlhf_kit.data.load import Origins, Sampler
+from rlhf_kit.data.outcomes import each_row, encode_row
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import ModelConfig, Pretrained
-from rlhf_kit.models.loading import load_copy
+from rlhf_kit.models.loading import load_copy, load_model
 from rlhf_kit.models.scorer import Scorer, add_log_prob_head, base_scorer
+from rlhf_kit.objectives.base import Objective
+from rlhf_kit.objectives.trl import Dpo, TrlObjective
+from rlhf_kit.trainers.config import Preference, Reward
+from rlhf_kit.trainers.objective_trainer import ObjectiveTrainer
+from rlhf_kit.trainers.sampling import sample_completions
+from rlhf_kit.trainers.setup import StageRun, build_args
+from rlhf_kit.trainers.trl_compat import EncodedDpoTrainer, EncodedKtoTrainer
+
+Encode = Callable[[DataConfig], Dataset]
+
+
+def offline_trainer(
+    stage: Reward | Preference,
+    objective: Objective | TrlObjective,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Encode,
+    eval_data: DataConfig | None,
+) -> tuple[Trainer, Scorer | None]:
+    """The objective's trainer, and the reference that it compares with, if it does.
+
+    `encode` gives the rows of a data set as ids, in the objective's form (`trl_rows`, `objective_rows`).
+    """
+    build = _trl_trainer if isinstance(objective, TrlObjective) else _objective_trainer
+    return build(stage, cast(Any, objective), run, tokenizer, encode, eval_data)
+
+
+def _objective_trainer(
+    stage: Reward | Preference,
+    objective: Objective,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Encode,
+    eval_data: DataConfig | None,
+) -> tuple[Trainer, Scorer | None]:
+    args = build_args(TrainingArguments, run, stage.trainer.args, remove_unused_columns=False)
+    set_seed(args.seed)
+    data = encode(stage.data)  # what may be wrong with it is said before a model is loaded
+    held_out = None if eval_data is None else encode(eval_data)
+    model = load_model(stage.model)
+    disable_dropout_in_model(cast(nn.Module, model))
+    add_log_prob_head(model)
+    compares = bool(objective.needs & {"reference", "kl"})
+    reference = reference_scorer(model, stage.model, stage.reference, args.device) if compares else None
+    trainer = ObjectiveTrainer(
+        objective=objective,
+        reference=reference,
+        tokenizer=tokenizer,
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        callbacks=list(run.callbacks),
+    )
+    return trainer, reference
+
+
+def _trl_trainer(
+    stage: Reward | Preference,
+    objective: TrlObjective,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Encode,
+    eval_data: DataConfig | None,
+) -> tuple[Trainer, Scorer]:
+    """TRL's trainer, whose model carries the head of `add_log_prob_head` once it is built."""
+    config, trainer_class = (
+        (DPOConfig, EncodedDpoTrainer) if isinstance(objective, Dpo) else (KTOConfig, EncodedKtoTrainer)
+    )
+    args = build_args(config, run, {**stage.trainer.args, **objective.args()})
+    set_seed(args.seed)
+    data = encode(stage.data)
+    held_out = None if eval_data is None else encode(eval_data)
+    model = load_model(stage.model)
+    shared = isinstance(model, PeftModel) and stage.reference is None
+    frozen = None if shared else _frozen(stage.reference or stage.model, args.device)
+    trainer = trainer_class(
+        model=cast(Any, model),
+        ref_model=None if frozen is None else cast(Any, frozen.model),
+        args=cast(Any, args),
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=list(run.callbacks),
+    )
+    return trainer, base_scorer(cast(PeftModel, model)) if frozen is None else frozen
+
+
+# --- reference ---
 
 
 def reference_scorer(model: Any, start: ModelConfig, named: Pretrained | None, device: torch.device) -> Scorer:
@@ -23,6 +120,15 @@ def reference_scorer(model: Any, start: ModelConfig, named: Pretrained | None, d
     copy = load_copy(named or start)
     add_log_prob_head(copy)
     return Scorer(cast(nn.Module, copy).to(device), [])
+
+
+def _frozen(config: ModelConfig, device: torch.device) -> Scorer:
+    """A model of its own; TRL's trainers add the head themselves, and divide it as they do the one that learns."""
+    whole = load_model(config.model_copy(update={"peft": None}))
+    return Scorer(cast(nn.Module, whole).requires_grad_(False).eval().to(device), [])
+
+
+# --- rows ---
 
 
 def check_columns(data: Dataset, columns: Sequence[str], objective: str) -> None:
@@ -37,3 +143,56 @@ def check_columns(data: Dataset, columns: Sequence[str], objective: str) -> None
             f"objective {objective} learns from {', '.join(columns)}, and the data have no "
             f"{' and no '.join(missing)}, only {', '.join(data.column_names)}: name them in `columns` of the data"
         )
+
+
+def trl_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, origins: Origins) -> Dataset:
+    """Rows of text or messages as ids, for TRL: `prompt_ids`, `chosen_ids, rejected_ids` or `completion_ids, label`.
+
+    Ids that the data have already are those that were sampled, and stay.
+
+    Raises:
+        RunError: a row cannot be encoded; the message names it.
+    """
+    roles = ("chosen", "rejected") if "chosen" in data.column_names else ("completion",)
+
+    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = {role: encode_row(tokenizer, row["prompt"], row[role], row.get(f"{role}_ids")) for role in roles}
+        ids = {f"{role}_ids": of["completion_ids"] for role, of in encoded.items()}
+        label = {"label": bool(row["label"])} if "completion" in roles else {}
+        return {"prompt_ids": encoded[roles[0]]["prompt_ids"], **ids, **label}
+
+    return Dataset.from_list(list(each_row(data.to_list(), origins, encode)))
+
+
+def objective_rows(
+    data: Dataset, objective: Objective, tokenizer: PreTrainedTokenizerBase, origins: Origins
+) -> Dataset:
+    """Rows of `<role>.prompt_ids` and `<role>.completion_ids` for every role, and the objective's numbers.
+
+    Raises:
+        RunError: a row cannot be encoded, or lacks a number; the message names it.
+    """
+
+    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+        encoded: dict[str, Any] = {}
+        for role, (prompt, completion) in objective.roles.items():
+            ids = encode_row(tokenizer, row[prompt], row[completion], row.get(f"{completion}_ids"))
+            encoded |= {f"{role}.{name}": value for name, value in ids.items()}
+        for name, default in objective.numbers.items():
+            value = default if row.get(name) is None else row[name]
+            if value is None:
+                raise ValueError(f"{name!r} is missing")
+            encoded[name] = float(value)
+        return encoded
+
+    return Dataset.from_list(list(each_row(data.to_list(), origins, encode)))
+
+
+def with_sampled_ids(columns: Sequence[str], data: Dataset) -> list[str]:
+    """The columns, and those of the ids that were sampled for them, where the data have these."""
+    return [name for column in columns for name in (column, f"{column}_ids") if name in data.column_names]
+
+
+def sampler_of(run: StageRun) -> Sampler:
+    """Samples the completions of `sampled` data."""
+    return partial(sample_completions, on_batch=run.on_batch("sampling"))

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_config import KTOConfig
-from trl.trainer.kto_trainer import KTOTrainer
-from trl.trainer.utils import disable_dropout_in_model
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from rlhf_kit.data.config import DataConfig
-from rlhf_kit.data.load import load_data
-from rlhf_kit.data.outcomes import encode_row
+from rlhf_kit.data.load import load_data, load_with_origins
 from rlhf_kit.errors import RunError
-from rlhf_kit.models.loading import load_model, load_tokenizer
-from rlhf_kit.models.scorer import add_log_prob_head
-from rlhf_kit.objectives.base import Objective
-from rlhf_kit.objectives.trl import Dpo, TrlObjective
+from rlhf_kit.models.loading import load_tokenizer
+from rlhf_kit.objectives.base import PAIRED
+from rlhf_kit.objectives.trl import TrlObjective
+from rlhf_kit.trainers.args import argument
 from rlhf_kit.trainers.config import Preference
 from rlhf_kit.trainers.export import export_model, write_prm_record
-from rlhf_kit.trainers.objective_trainer import ObjectiveTrainer
-from rlhf_kit.trainers.offline import check_columns, reference_scorer
-from rlhf_kit.trainers.setup import StageRun, build_args, train
+from rlhf_kit.trainers.held_out import HeldOutPairs, HeldOutPrompts
+from rlhf_kit.trainers.offline import (
+    check_columns,
+    objective_rows,
+    offline_trainer,
+    sampler_of,
+    trl_rows,
+    with_sampled_ids,
+)
+from rlhf_kit.trainers.setup import StageRun, train
 
 
 def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
@@ -37,100 +35,93 @@ def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
         RunError: the data lack a column that the objective reads.
     """
     tokenizer = load_tokenizer(stage.model)
-    if isinstance(stage.objective, TrlObjective):
-        trainer = _trl_trainer(stage, stage.objective, run, tokenizer)
-    else:
-        trainer = _objective_trainer(stage, stage.objective, run, tokenizer)
+    rows = _Rows(stage, run, tokenizer)
+    learns_from = stage.eval_data if rows.can_be_learnt_from(stage.eval_data) else None
+    trainer, reference = offline_trainer(stage, stage.objective, run, tokenizer, rows.encoded, learns_from)
+    pairs = HeldOutPairs(trainer, reference, tokenizer, rows.pairs(), stage.reference is None, run)
+    prompts = HeldOutPrompts(trainer, tokenizer, stage.evaluation, run)
+    started = {**pairs.start(), **prompts.start()}
+    if started and run.last_checkpoint() is None:
+        _log(trainer, {name.removesuffix("_start"): value for name, value in started.items()})
     train(trainer, run)
+    if trainer.is_world_process_zero():  # before the model, for it is uploaded with it
+        reference_model = stage.reference or stage.model
+        write_prm_record(run.folder / "model", getattr(stage.objective, "beta", 1.0), reference_model.path)
     export_model(trainer, run.folder / "model")
-    if trainer.is_world_process_zero():  # for who takes the model for an implicit reward
-        reference = stage.reference or stage.model
-        write_prm_record(run.folder / "model", getattr(stage.objective, "beta", 1.0), reference.path)
-    results: dict[str, Any] = {"updates": trainer.state.global_step}
+    results: dict[str, Any] = {"updates": trainer.state.global_step, **rows.left_out, **started}
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         results |= {name: value for name, value in metrics.items() if name.startswith(("eval_loss", "eval_rewards/"))}
-    return results
+    ended = {**pairs.end(), **prompts.end()}
+    _log(trainer, ended)
+    return {**results, **ended}
 
 
-def _objective_trainer(
-    stage: Preference, objective: Objective, run: StageRun, tokenizer: PreTrainedTokenizerBase
-) -> Trainer:
-    args = build_args(TrainingArguments, run, stage.trainer.args, remove_unused_columns=False)
-    set_seed(args.seed)
-    data = _encoded(stage.data, objective, tokenizer)  # what may be wrong with it is said before a model is loaded
-    eval_data = None if stage.eval_data is None else _encoded(stage.eval_data, objective, tokenizer)
-    model = load_model(stage.model)
-    disable_dropout_in_model(cast(nn.Module, model))
-    add_log_prob_head(model)
-    needed = objective.needs & {"reference", "kl"}
-    reference = reference_scorer(model, stage.model, stage.reference, args.device) if needed else None
-    return ObjectiveTrainer(
-        objective=objective,
-        reference=reference,
-        tokenizer=tokenizer,
-        model=model,
-        args=args,
-        train_dataset=data,
-        eval_dataset=eval_data,
-        callbacks=list(run.callbacks),
-    )
+def _log(trainer: Trainer, results: dict[str, Any]) -> None:
+    numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+    if numbers:
+        trainer.log(numbers)
 
 
-def _trl_trainer(
-    stage: Preference, objective: TrlObjective, run: StageRun, tokenizer: PreTrainedTokenizerBase
-) -> Trainer:
-    """TRL's trainer of an objective that it has."""
-    config, trainer = (DPOConfig, DPOTrainer) if isinstance(objective, Dpo) else (KTOConfig, KTOTrainer)
-    args = build_args(config, run, {**stage.trainer.args, **objective.args()})
-    set_seed(args.seed)
-    data = _columns(stage.data, objective.columns_read, objective.type)
-    eval_data = None if stage.eval_data is None else _columns(stage.eval_data, objective.columns_read, objective.type)
-    model = load_model(stage.model)
-    shared = isinstance(model, PeftModel) and stage.reference is None
-    copy = None if shared else load_model((stage.reference or stage.model).model_copy(update={"peft": None}))
-    return trainer(
-        model=cast(Any, model),
-        ref_model=cast(Any, copy),
-        args=cast(Any, args),
-        train_dataset=data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        callbacks=list(run.callbacks),
-    )
+class _Rows:
+    """A stage's rows as ids, less those that are longer than `max_length`."""
+
+    def __init__(self, stage: Preference, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._stage = stage
+        self._run = run
+        self._tokenizer = tokenizer
+        self.left_out: dict[str, int] = {}
+
+    def encoded(self, config: DataConfig) -> Dataset:
+        """Rows in the objective's form."""
+        objective = self._stage.objective
+        data, origins = load_with_origins(config, sampler_of(self._run))
+        check_columns(data, objective.columns_read, objective.type)
+        if isinstance(objective, TrlObjective):
+            kept = data.select_columns(with_sampled_ids(objective.columns_read, data))
+            return self._short(trl_rows(kept, self._tokenizer, origins), config)
+        return self._short(objective_rows(data, objective, self._tokenizer, origins), config)
+
+    def can_be_learnt_from(self, config: DataConfig | None) -> bool:
+        """Whether held-out rows have what the objective reads; if not, they must be pairs, and no loss is asked for.
+
+        Raises:
+            RunError: they are of no use.
+        """
+        if config is None:
+            return False
+        data, objective = load_data(config, sampler_of(self._run)), self._stage.objective
+        fits = all(name in data.column_names for name in objective.columns_read)
+        pairs = all(name in data.column_names for name in PAIRED)
+        if not fits and (not pairs or argument(self._stage, "eval_strategy") != "no"):
+            check_columns(data, objective.columns_read, f"{objective.type}, on eval_data,")
+        return fits
+
+    def pairs(self) -> Dataset | None:
+        """Held-out pairs as `prompt_ids, chosen_ids, rejected_ids`; None where `eval_data` are none."""
+        config = self._stage.eval_data
+        if config is None:
+            return None
+        data, origins = load_with_origins(config, sampler_of(self._run))
+        if not all(name in data.column_names for name in PAIRED):
+            return None
+        rows = data.select_columns(with_sampled_ids(PAIRED, data))
+        return self._short(trl_rows(rows, self._tokenizer, origins), config)
+
+    def _short(self, rows: Dataset, config: DataConfig) -> Dataset:
+        limit = self._stage.max_length
+        if limit is None:
+            return rows
+        kept = [place for place, row in enumerate(rows.to_list()) if _longest(row) <= limit]
+        name = "left_out" if config is self._stage.data else "eval_left_out"
+        self.left_out[name] = len(rows) - len(kept)
+        if not kept:
+            raise RunError(f"max_length: all {len(rows)} rows of the data are longer than {limit} tokens: write more")
+        return rows.select(kept)
 
 
-# --- data ---
-
-
-def _columns(config: DataConfig, columns: tuple[str, ...], objective: str) -> Dataset:
-    """The columns that an objective reads."""
-    data = load_data(config)
-    check_columns(data, columns, objective)
-    return data.select_columns(list(columns))
-
-
-def _encoded(config: DataConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows of `<role>.prompt_ids` and `<role>.completion_ids` for every role, and the objective's numbers."""
-    data = load_data(config)
-    check_columns(data, objective.columns_read, objective.type)
-    rows = []
-    for number, row in enumerate(data.to_list(), start=1):
-        try:
-            rows.append(_encoded_row(row, objective, tokenizer))
-        except (TypeError, ValueError) as error:
-            raise RunError(f"data, row {number}: {error}") from error
-    return Dataset.from_list(rows)
-
-
-def _encoded_row(row: Mapping[str, Any], objective: Objective, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    encoded: dict[str, Any] = {}
-    for role, (prompt, completion) in objective.roles.items():
-        ids = encode_row(tokenizer, row[prompt], row[completion])
-        encoded |= {f"{role}.{name}": value for name, value in ids.items()}
-    for name, default in objective.numbers.items():
-        value = default if row.get(name) is None else row[name]
-        if value is None:
-            raise ValueError(f"{name!r} is missing")
-        encoded[name] = float(value)
-    return encoded
+def _longest(row: dict[str, Any]) -> int:
+    """Tokens of the longest prompt and completion of a row."""
+    ids = {name: len(value) for name, value in row.items() if name.endswith("_ids")}
+    prompts = [size for name, size in ids.items() if name.endswith("prompt_ids")]
+    return max(prompts) + max(size for name, size in ids.items() if not name.endswith("prompt_ids"))

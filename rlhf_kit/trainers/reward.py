@@ -9,32 +9,28 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_config import KTOConfig
-from trl.trainer.kto_trainer import KTOTrainer
-from trl.trainer.utils import disable_dropout_in_model
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from rlhf_kit.credit.implicit import implicit_rewards, log_odds, outcome_cross_entropy
 from rlhf_kit.data.config import DataConfig
-from rlhf_kit.data.load import Sampler, load_data
+from rlhf_kit.data.load import Origins, Sampler, load_with_origins
 from rlhf_kit.data.outcomes import OutcomeRows, collate_outcomes, encode_outcomes
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.steps import auc
 from rlhf_kit.models.config import Scratch
-from rlhf_kit.models.loading import load_model, load_tokenizer
-from rlhf_kit.models.scorer import Scorer, add_log_prob_head, base_scorer, token_outputs
+from rlhf_kit.models.loading import load_tokenizer
+from rlhf_kit.models.scorer import Scorer, token_outputs
+from rlhf_kit.objectives.base import PAIRED, Objective
+from rlhf_kit.objectives.implicit import Ce
+from rlhf_kit.objectives.trl import Dpo, Kto, TrlObjective
+from rlhf_kit.trainers.args import argument
 from rlhf_kit.trainers.config import Reward
 from rlhf_kit.trainers.export import export_model, write_prm_record
-from rlhf_kit.trainers.offline import check_columns, reference_scorer
-from rlhf_kit.trainers.sampling import sample_completions
-from rlhf_kit.trainers.setup import StageRun, build_args, train
+from rlhf_kit.trainers.offline import check_columns, offline_trainer, sampler_of, trl_rows, with_sampled_ids
+from rlhf_kit.trainers.setup import StageRun, train
 from rlhf_kit.trainers.step_detection import detect_first_errors, without_evaluated_problems
 
-PAIR = ("prompt", "chosen", "rejected")
 LABELLED = ("prompt", "completion", "label")
 
 
@@ -46,8 +42,17 @@ def run_reward(stage: Reward, run: StageRun) -> dict[str, Any]:
     """
     reference_path = _reference_path(stage)
     tokenizer = load_tokenizer(stage.model)
-    build = {"ce": _ce_trainer, "dpo": _dpo_trainer, "nca": _dpo_trainer, "kto": _kto_trainer}
-    trainer, reference = build[stage.objective](stage, run, tokenizer)
+    sampler = sampler_of(run)
+    evaluates = argument(stage, "eval_strategy") != "no"
+    trainer, reference = offline_trainer(
+        stage,
+        _objective(stage),
+        run,
+        tokenizer,
+        partial(_rows, stage, tokenizer=tokenizer, sampler=sampler),
+        stage.eval_data if evaluates else None,
+    )
+    assert reference is not None  # these objectives all compare
     train(trainer, run)
     if trainer.is_world_process_zero():  # before the model, for it is uploaded with it
         write_prm_record(run.folder / "model", stage.beta, reference_path)
@@ -55,7 +60,7 @@ def run_reward(stage: Reward, run: StageRun) -> dict[str, Any]:
     results: dict[str, Any] = {"updates": trainer.state.global_step}
     prm = TrainedPrm(trainer, reference, stage.beta, tokenizer)
     if stage.eval_data is not None:
-        data = _encoded(stage, stage.eval_data, tokenizer, _sampler(run))
+        data = _labelled(stage, stage.eval_data, tokenizer, sampler)
         results |= held_out(prm, data, trainer.args.per_device_eval_batch_size, run.on_batch("evaluation"))
         trainer.log({f"eval_{name}": value for name, value in results.items() if name != "updates"})
     if stage.step_evaluation is not None:
@@ -72,29 +77,6 @@ def token_rewards(model: nn.Module, reference: Scorer, rows: OutcomeRows, beta: 
     with torch.no_grad():
         (reference_log_probs,) = reference.outputs(*ids, micro_batch_size=len(ids[0]))
     return implicit_rewards(log_probs, reference_log_probs, rows["completion_mask"], beta)
-
-
-class OutcomeTrainer(Trainer):
-    """Binary cross-entropy, with logits, of `beta * sum_t log(phi / ref)` against outcome labels.
-
-    arXiv 2412.01981, Eq. 5, with an optional offset (`Reward.offset`).
-    """
-
-    def __init__(self, *, reference: Scorer, beta: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reference = reference
-        self.beta = beta
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean loss of a collated batch, and the summed rewards (B,) if `return_outputs`."""
-        # The reference is not what accelerate has wrapped, and must compute in the same precision all the same.
-        with self.accelerator.autocast():
-            rewards = token_rewards(model, self.reference, inputs, self.beta)
-        loss = outcome_cross_entropy(rewards, inputs["label"], inputs["offset"]).mean()
-        return (loss, {"scores": rewards.sum(dim=1)}) if return_outputs else loss
 
 
 class TrainedPrm:
@@ -142,37 +124,59 @@ def held_out(
 # --- data ---
 
 
-def _sampler(run: StageRun) -> Sampler:
-    return partial(sample_completions, on_batch=run.on_batch("sampling"))
+def _objective(stage: Reward) -> Objective | TrlObjective:
+    if stage.objective == "ce":
+        return Ce(type="ce", beta=stage.beta)
+    if stage.objective == "kto":
+        return Kto(type="kto", beta=stage.beta)
+    return Dpo(type="dpo", beta=stage.beta, loss_type=("sigmoid" if stage.objective == "dpo" else "nca_pair",))
 
 
-def _load(stage: Reward, config: DataConfig, sampler: Sampler) -> Dataset:
+def _load(stage: Reward, config: DataConfig, sampler: Sampler) -> tuple[Dataset, Origins]:
     """The columns that the objective learns from, less the problems that `step_evaluation` judges."""
-    data = without_evaluated_problems(stage, load_data(config, sampler))
-    columns = PAIR if stage.objective in ("dpo", "nca") else LABELLED
+    data, origins = load_with_origins(config, sampler)
+    numbered = cast(Any, data).add_column("_place", list(origins.places))
+    data = without_evaluated_problems(stage, numbered)
+    columns = PAIRED if stage.objective in ("dpo", "nca") else LABELLED
     check_columns(data, columns, stage.objective)
-    kept = [name for name in (*columns, "completion_ids") if name in data.column_names]
-    return data.select_columns(kept if stage.objective == "ce" else list(columns))
+    kept = data.select_columns(with_sampled_ids(columns, data))
+    return kept, Origins(origins.source, data["_place"][:])
 
 
-def _encoded(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase, sampler: Sampler) -> Dataset:
+def _rows(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase, sampler: Sampler) -> Dataset:
+    """Rows as the objective's trainer reads them."""
+    if stage.objective != "ce":
+        data, origins = _load(stage, config, sampler)
+        return trl_rows(data, tokenizer, origins)
+    rows = _labelled(stage, config, tokenizer, sampler)
+    return rows.rename_columns({name: f"completion.{name}" for name in ("prompt_ids", "completion_ids")})
+
+
+def _labelled(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerBase, sampler: Sampler) -> Dataset:
     """Labelled rows as token ids, with their offsets; a pair gives a right and a wrong row."""
-    data = cast(Iterable[dict[str, Any]], _load(stage, config, sampler))
+    data, origins = _load(stage, config, sampler)
+    rows, places = cast(Iterable[dict[str, Any]], data), origins.places
     if stage.objective in ("dpo", "nca"):
-        data = [
-            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-            for row in data
+        rows = [
+            {
+                "prompt": row["prompt"],
+                "completion": row[name],
+                "completion_ids": row.get(f"{name}_ids"),
+                "label": name == "chosen",
+            }
+            for row in rows
             for name in ("chosen", "rejected")
         ]
-    rows = encode_outcomes(data, tokenizer)
-    labels = torch.tensor(rows["label"][:])
+        places = [place for place in places for _ in range(2)]
+    encoded = encode_outcomes(rows, tokenizer, Origins(origins.source, places))
+    labels = torch.tensor(encoded["label"][:])
     if stage.offset == "none":
-        offsets = torch.zeros(len(rows))
+        offsets = torch.zeros(len(encoded))
     elif stage.offset == "running":
-        offsets = log_odds(labels.mean()).expand(len(rows))
+        offsets = log_odds(labels.mean()).expand(len(encoded))
     else:
-        offsets = log_odds(peer_rates(rows["prompt_ids"][:], labels))
-    return cast(Any, rows).add_column("offset", offsets.tolist())
+        offsets = log_odds(peer_rates(encoded["prompt_ids"][:], labels))
+    return cast(Any, encoded).add_column("offset", offsets.tolist())
 
 
 def peer_rates(prompts: Sequence[Sequence[int]], labels: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
@@ -185,76 +189,7 @@ def peer_rates(prompts: Sequence[Sequence[int]], labels: Float[Tensor, "N"]) -> 
     return torch.where(others > 0, (totals[group] - labels) / others.clamp(min=1), 0.5)
 
 
-# --- trainers ---
-
-
-def _ce_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Trainer, Scorer]:
-    args = build_args(TrainingArguments, run, stage.trainer.args, remove_unused_columns=False, label_names=["label"])
-    set_seed(args.seed)
-    model = load_model(stage.model)
-    disable_dropout_in_model(cast(nn.Module, model))
-    add_log_prob_head(model)
-    reference = reference_scorer(model, stage.model, stage.reference, args.device)
-    evaluates = stage.eval_data is not None and args.eval_strategy != "no"
-    sampler = _sampler(run)
-    trainer = OutcomeTrainer(
-        reference=reference,
-        beta=stage.beta,
-        model=model,
-        args=args,
-        processing_class=tokenizer,
-        train_dataset=_encoded(stage, stage.data, tokenizer, sampler),
-        eval_dataset=_encoded(stage, stage.eval_data, tokenizer, sampler) if stage.eval_data and evaluates else None,
-        data_collator=partial(collate_outcomes, pad_token_id=cast(int, tokenizer.pad_token_id)),
-        callbacks=list(run.callbacks),
-    )
-    return trainer, reference
-
-
-def _dpo_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Trainer, Scorer]:
-    loss = {"dpo": "sigmoid", "nca": "nca_pair"}[stage.objective]
-    return _trl_trainer(stage, run, tokenizer, DPOTrainer, DPOConfig, loss_type=[loss])
-
-
-def _kto_trainer(stage: Reward, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Trainer, Scorer]:
-    return _trl_trainer(stage, run, tokenizer, KTOTrainer, KTOConfig)
-
-
-def _trl_trainer(
-    stage: Reward,
-    run: StageRun,
-    tokenizer: PreTrainedTokenizerBase,
-    trainer_class: Callable[..., Trainer],
-    config_class: type[TrainingArguments],
-    **defaults: Any,
-) -> tuple[Trainer, Scorer]:
-    """TRL's trainer, whose model carries the head of `add_log_prob_head` once it is built."""
-    args = build_args(config_class, run, stage.trainer.args, beta=stage.beta, **defaults)
-    set_seed(args.seed)
-    model = load_model(stage.model)
-    shared = isinstance(model, PeftModel) and stage.reference is None
-    evaluates = stage.eval_data is not None and args.eval_strategy != "no"
-    frozen = None if shared else _frozen(stage, args.device)
-    sampler = _sampler(run)
-    trainer = trainer_class(
-        model=model,
-        ref_model=None if frozen is None else frozen.model,
-        args=args,
-        train_dataset=_load(stage, stage.data, sampler),
-        eval_dataset=_load(stage, stage.eval_data, sampler) if stage.eval_data and evaluates else None,
-        processing_class=tokenizer,
-        callbacks=list(run.callbacks),
-    )
-    return trainer, base_scorer(cast(PeftModel, model)) if frozen is None else frozen
-
-
 # --- reference ---
-
-
-def _frozen(stage: Reward, device: torch.device) -> Scorer:
-    """A model of its own; TRL's trainers add the head themselves, and divide it as they do the PRM."""
-    config = (stage.reference or stage.model).model_copy(update={"peft": None})
-    return Scorer(cast(nn.Module, load_model(config)).requires_grad_(False).eval().to(device), [])
 
 
 def _reference_path(stage: Reward) -> str:

@@ -31,6 +31,7 @@ class StageRun:
         functions: reward functions by name.
         log_samples: receives the samples of a rollout.
         progress: is told what is being done beside training, how much of it is done, and of how much.
+        recipe: the recipe's name.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class StageRun:
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     log_samples: Callable[[int, list[dict[str, Any]]], object] | None = None
     progress: Callable[[str, int, int], object] | None = None
+    recipe: str = ""
 
     @property
     def checkpoints(self) -> Path:

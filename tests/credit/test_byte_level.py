@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf_kit.credit.byte_level import byte_level_offsets
+from rlhf_kit.credit.pieces import piece_offsets
 from rlhf_kit.credit.spans import token_offsets
 
 # Bytes of which characters, and broken characters, are made.
@@ -38,7 +38,7 @@ def check(tokenizer, ids, by_bytes):
     text, expected = by_bytes(tokenizer, ids)
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     fast, slow = token_offsets(tokenizer, ids), token_offsets(Decoding(tokenizer), ids)
-    assert fast == byte_level_offsets(tokenizer, ids, text)
+    assert fast == piece_offsets(tokenizer, ids, text)
     for token, ours, theirs, definition in zip(ids, fast, slow, expected, strict=True):
         if definition[0] < definition[1]:
             assert ours == theirs == definition, token
@@ -64,14 +64,14 @@ def test_offsets_are_those_of_the_encoder(tokenizer, texts, data):
     text = data.draw(texts)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     assume(tokenizer.decode(encoded["input_ids"]) == text)  # SmolLM2's vocabulary lacks some bytes
-    assert byte_level_offsets(tokenizer, encoded["input_ids"], text) == encoded["offset_mapping"]
+    assert piece_offsets(tokenizer, encoded["input_ids"], text) == encoded["offset_mapping"]
 
 
 def test_special_tokens_that_are_not_skipped_have_their_text(tokenizers):
     tokenizer = tokenizers["byte_level"]
     ids = [*tokenizer.encode("a"), tokenizer.eos_token_id, *tokenizer.encode("b")]
-    assert byte_level_offsets(tokenizer, ids, "a<eos>b", skip_special_tokens=False) == [(0, 1), (1, 6), (6, 7)]
-    assert byte_level_offsets(tokenizer, ids, "ab") == [(0, 1), (1, 1), (1, 2)]
+    assert piece_offsets(tokenizer, ids, "a<eos>b", skip_special_tokens=False) == [(0, 1), (1, 6), (6, 7)]
+    assert piece_offsets(tokenizer, ids, "ab") == [(0, 1), (1, 1), (1, 2)]
 
 
 def test_a_token_that_was_added_with_letters_of_its_own(byte_level_tokenizer):
@@ -80,7 +80,7 @@ def test_a_token_that_was_added_with_letters_of_its_own(byte_level_tokenizer):
     tokenizer.add_tokens(["Größe→", "日本"])
     ids = tokenizer.encode("xGröße→日本y")
     text = tokenizer.decode(ids)
-    assert byte_level_offsets(tokenizer, ids, text) == token_offsets(Decoding(tokenizer), ids)
+    assert piece_offsets(tokenizer, ids, text) == token_offsets(Decoding(tokenizer), ids)
     assert text == "xGröße→日本y"
 
 
@@ -88,19 +88,13 @@ def test_an_id_that_no_token_has_leaves_no_text(tokenizers):
     tokenizer = tokenizers["byte_level"]
     (a,), unknown = tokenizer.encode("a"), len(tokenizer) + 7
     assert tokenizer.decode([a, unknown, a]) == "aa"
-    assert byte_level_offsets(tokenizer, [a, unknown, a], "aa") == [(0, 1), (1, 1), (1, 2)]
-
-
-@pytest.mark.parametrize("name", ["unigram", "word_piece", "byte_fallback"])
-def test_other_tokenizers_have_no_bytes(tokenizers, name):
-    assert byte_level_offsets(tokenizers[name], [], "") is None
-    assert byte_level_offsets(Decoding(tokenizers[name]), [], "") is None
+    assert piece_offsets(tokenizer, [a, unknown, a], "aa") == [(0, 1), (1, 1), (1, 2)]
 
 
 def test_a_text_that_was_cleaned_up_is_not_that_of_the_bytes(tokenizers):
     tokenizer = tokenizers["byte_level"]
-    assert byte_level_offsets(tokenizer, tokenizer.encode("a ."), "a.") is None
+    assert piece_offsets(tokenizer, tokenizer.encode("a ."), "a.") is None
 
 
 def test_no_ids(tokenizers):
-    assert byte_level_offsets(tokenizers["byte_level"], [], "") == []
+    assert piece_offsets(tokenizers["byte_level"], [], "") == []

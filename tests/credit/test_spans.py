@@ -225,7 +225,7 @@ def spans_and_offsets(draw):
 
 
 @settings(max_examples=150)
-@given(case=spans_and_offsets(), placement=st.sampled_from(["end", "start", "spread"]))
+@given(case=spans_and_offsets(), placement=st.sampled_from(["end", "start", "spread", "each"]))
 def test_rewards_land_on_exactly_the_action_tokens_that_a_span_overlaps(close, case, placement):
     offsets, spans, mask = case
     expected = torch.zeros(mask.shape)
@@ -233,9 +233,9 @@ def test_rewards_land_on_exactly_the_action_tokens_that_a_span_overlaps(close, c
         for span in row:
             characters = set(range(span.start, span.end))
             tokens = [t for t, token in enumerate(offsets[i]) if mask[i, t] and characters & set(range(*token))]
-            chosen = {"end": tokens[-1:], "start": tokens[:1], "spread": tokens}[placement]
+            chosen = {"end": tokens[-1:], "start": tokens[:1]}.get(placement, tokens)
             for t in chosen:
-                expected[i, t] += span.reward / len(chosen)
+                expected[i, t] += span.reward if placement == "each" else span.reward / len(chosen)
     close(spread_spans(spans, offsets, mask, placement), expected, atol=1e-6)
 
 

@@ -157,6 +157,18 @@ def test_passages_that_overlap_add_up_and_lie_on_every_token_that_they_touch(ser
     assert rewards.tokens.sum().item() == pytest.approx(0.7 - 0.2 - 0.2)
 
 
+def test_the_papers_reward_is_alpha_on_each_token_of_a_passage(serve, context, rollout_of) -> None:
+    """`alpha_2 * r_in,t`, with r_in,t = 1 on the tokens of good passages and -1 on those of bad ones."""
+    rollout = rollout_of("so good, so very bad")
+    server = serve(lambda text: verdicts(("so good", "good"), ("so very bad", "bad")))
+    rewards = critic(server, context, good=0.1, bad=-0.5, placement="each").score(rollout)
+    expected = torch.zeros_like(rewards.tokens[0])
+    for t, (start, end) in enumerate(rollout.offsets[0]):
+        expected[t] += 0.1 * (max(start, 0) < min(end, 7)) - 0.5 * (max(start, 9) < min(end, 20))
+    assert (expected > 0).sum() > 1 and (expected < 0).sum() > 1
+    torch.testing.assert_close(rewards.tokens[0], expected)
+
+
 def test_more_passages_earn_no_more_with_per_segment_mean(serve, context, rollout_of) -> None:
     rewards = critic(serve(words), context, per_segment="mean").score(rollout_of(FILM, "good"))
     assert rewards.tokens.sum(dim=1).tolist() == [0.5, 0.5]
@@ -393,7 +405,7 @@ def test_what_cannot_work_is_said_before_anything_is_asked(tmp_path: Path) -> No
     assert paths(config(task=None)) == ["task"]
     assert paths(config(judge={"base_url": "nowhere"})) == ["judge.base_url"]
     assert paths(config(prompt=str(tmp_path / "none.txt"))) == []  # said of every file that is not there
-    for fields in ({"good": -0.5}, {"bad": 0.5}, {"placement": "middle"}):
+    for fields in ({"good": -0.5}, {"bad": 0.5}, {"placement": "middle"}, {"threshold": 1.5}, {"threshold": -0.5}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             config(**fields)
 

@@ -30,6 +30,7 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.tokenizers import word_level_tokenizer
 from rlhf_kit.rewards.segment_model import SEGMENT_RECORD, SegmentModelConfig
+from rlhf_kit.rewards.text import Segments
 from rlhf_kit.rollout import Rollout, Status
 
 WORDS = ("the", "film", "was", "good", "bad", "story", "I", "like", "it", "and", ".", ",", "Who", "?")
@@ -354,6 +355,17 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(critic, record, fiel
     assert problem.path == path
     assert list(config.files()) == [("path", config.path, True)]
     assert re.search(message, str(problem))
+
+
+@pytest.mark.parametrize(("record", "segments"), [(None, {"by": "token"}), ({"segments": {"by": "token"}}, None)])
+def test_a_sequence_classifier_is_not_asked_about_tokens(critic, record, segments) -> None:
+    path = critic(record, sequences=True)
+    fields = {"type": "segment_model", "path": path, "labels": {"bad": 1.0}, "segments": segments}
+    config = SegmentModelConfig.model_validate(fields)
+    (problem,) = config.problems(Pretrained(path="policy"), [config])
+    assert problem.path == "segments.by" and "classifies sequences, not tokens" in str(problem)
+    whole = config.model_copy(update={"segments": Segments(by="sentence")})
+    assert list(whole.problems(Pretrained(path="policy"), [whole])) == []
 
 
 def test_what_only_the_model_can_tell_is_an_error_of_the_run(critic, talker, sampled) -> None:

@@ -81,6 +81,21 @@ def test_control_characters_are_not_passed_on() -> None:
     text.encode("utf-8")
 
 
+def test_a_completion_cannot_turn_text_round(parse: Parse) -> None:
+    """Explicit directions are shown as such; letters that run from right to left are left as they are."""
+    controls = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))]
+    shown = parse(heatmap_html({"tokens": [*controls, "سلام", "\u200d"], "advantages": [0.0] * 11})).text
+    assert not set(controls) & set(shown)
+    assert "\ufffd" * 9 + "سلام\u200d" in shown
+
+
+def test_a_sources_total_is_not_what_rounding_leaves(parse: Parse) -> None:
+    third = 0.3333333432674408  # 1/3 in float32
+    rewards = {"critic": [third, third, third, -1.0], "small": [1e-7, 0.0, 0.0, 0.0]}
+    shown = parse(heatmap_html({"tokens": ["x"] * 4, "advantages": [0.0] * 4, "rewards": rewards})).text
+    assert re.search(r"critic\s*0\s*small\s*1e−7", shown)
+
+
 def test_steps_of_known_truth_are_marked_under_their_last_token() -> None:
     sample = {
         "completion": "22 241 9",
@@ -142,16 +157,32 @@ def test_many_spans_on_one_token_are_cut_and_counted(parse: Parse) -> None:
     assert (token["data-tip"] or "").count("span critic") == 6
 
 
-def test_a_character_that_two_tokens_share_is_underlined_in_both() -> None:
+def test_a_character_that_two_tokens_share_is_written_once_and_underlined_in_both() -> None:
     sample = {
         "completion": "a🎉b",
         "tokens": ["a", "🎉", "🎉", "<pad>", "b"],
         "advantages": [0.0] * 5,
         "spans": {"critic": [[1, 2, 1.0]]},
     }
-    assert pieces(heatmap_html(sample)) == [("hm-up", "🎉")] * 2
+    assert pieces(heatmap_html(sample)) == [("hm-up", "🎉"), ("hm-up", "<i>·</i>")]
     sample["spans"] = {"critic": [[2, 3, -1.0]]}
     assert pieces(heatmap_html(sample)) == [("hm-down", "b")]
+
+
+def test_offsets_say_which_of_two_equal_characters_a_token_has(parse: Parse) -> None:
+    """Four tokens of two emoji, and one that ends the second and goes on: only the second is judged."""
+    sample = {
+        "completion": "🎉🎉 ok",
+        "tokens": ["🎉", "🎉", "🎉", "🎉 o", "k", "<eos>"],
+        "offsets": [[0, 1], [0, 1], [1, 2], [1, 4], [4, 5], [5, 5]],
+        "advantages": [0.0] * 6,
+        "spans": {"critic": [[1, 2, 1.0]]},
+    }
+    html = heatmap_html(sample)
+    told = ["span critic" in dict(read_tip(token)) for token in parse(html).tokens()]
+    assert told == [False, False, True, True, False, False]
+    assert "🎉·🎉 ok<eos>" in parse(html).text
+    assert pieces(html) == [("hm-up", "🎉")]
 
 
 def test_the_legend_names_the_lines_only_where_there_are_any(parse: Parse) -> None:

@@ -1,0 +1,109 @@
+"""What builders of pairs work with: the stage's model, sources, samples and judges, loaded when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_kit.evals.fingerprint import config_fingerprint
+from rlhf_kit.evals.scoring import GivenScorer
+from rlhf_kit.judges.base import Judge
+from rlhf_kit.judges.config import JudgeConfig
+from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.generation import eos_token_ids
+from rlhf_kit.models.loading import load_copy, load_tokenizer
+from rlhf_kit.models.scorer import add_log_prob_head
+from rlhf_kit.pairs.config import Pairs
+from rlhf_kit.pairs.sampling import VllmSampler, sample_with_model
+from rlhf_kit.rewards.config import BuildContext
+from rlhf_kit.rollout import Text
+
+
+class PairsContext:
+    """The model, the sources and the judges of a `pairs` stage, whole in this process.
+
+    Args:
+        stage: the stage.
+        seed: the recipe's.
+        recipe: the recipe's name.
+        functions: reward functions by name.
+    """
+
+    def __init__(
+        self,
+        stage: Pairs,
+        seed: int = 0,
+        recipe: str = "",
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        self.stage = stage
+        self.seed = seed
+        self._recipe = recipe
+        self._functions = functions or {}
+
+    @property
+    def policy_config(self) -> Pretrained:
+        """Where the model is."""
+        assert self.stage.model is not None, "`Pairs.problems` refuses a stage whose builder needs one"
+        return self.stage.model
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models belong."""
+        return cast(torch.device, PartialState().device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        return load_tokenizer(self.policy_config)
+
+    @cached_property
+    def policy(self) -> PreTrainedModel:
+        """The model, frozen, with the head that scores tokens."""
+        model = load_copy(self.policy_config)
+        add_log_prob_head(model)
+        return cast(Any, model).to(self.device)
+
+    @cached_property
+    def scorer(self) -> GivenScorer:
+        """The stage's reward sources, ready to score rows of `prompt` and `completion`."""
+        context = BuildContext(self.policy, self.policy_config, 1.0, self.device, self._functions, self.tokenizer)
+        sources = [config.build(context) for config in self.stage.rewards]
+        model = cast(nn.Module, self.policy)
+        return GivenScorer(model, self.tokenizer, self.stage.rewards, sources, batch_size=self.stage.batch_size)
+
+    def judge(self, config: JudgeConfig) -> Judge:
+        """A judge."""
+        return config.build(cast(Any, self))  # which has all that `PolicyContext` asks for
+
+    def sample(self, prompts: Sequence[Text]) -> list[list[int]]:
+        """The ids of one completion for each prompt, as `generation` says, all in one batch."""
+        if self.stage.generation.use_vllm:
+            return self._vllm(prompts)
+        return sample_with_model(cast(nn.Module, self.policy), self.tokenizer, prompts, self.stage.generation)
+
+    @cached_property
+    def _vllm(self) -> VllmSampler:
+        return VllmSampler(self.policy_config, self.tokenizer, sorted(self.ends), self.stage.generation)
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The ids that end a completion; one without them at its end was cut off."""
+        return set(eos_token_ids(cast(nn.Module, self.policy), self.tokenizer))
+
+    def texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """What sampled ids say, without special tokens."""
+        return self.tokenizer.batch_decode(cast(Any, list(ids)), skip_special_tokens=True)
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """Where the stage's rows come from: columns of every row that is written."""
+        model = self.stage.model
+        of_model = {} if model is None else {"model": model.path, "model_fingerprint": config_fingerprint(model)}
+        return {**of_model, "recipe": self._recipe, "round": self.stage.round, "seed": self.seed}

@@ -1,0 +1,195 @@
+"""Builder of pairs from the model's own completions, ranked by reward sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rlhf_kit.errors import RunError
+from rlhf_kit.pairs.builder import COMPLETIONS, PAIRED, SFT, UNPAIRED, Builder, BuilderBase, Built, Row
+from rlhf_kit.pairs.selection import PairSelection, Threshold
+from rlhf_kit.problems import Problem
+from rlhf_kit.rollout import Status
+
+if TYPE_CHECKING:
+    from rlhf_kit.pairs.config import Pairs
+    from rlhf_kit.pairs.context import PairsContext
+    from rlhf_kit.pairs.scores import Scores
+    from rlhf_kit.pairs.select import Pair
+
+
+class Sampled(BuilderBase):
+    """`num_generations` completions of each prompt, scored by `rewards`, of which `select` takes pairs or single ones.
+
+    `normalize` and `length_debias` look at the completions of all prompts.
+    """
+
+    needs: ClassVar = frozenset({"model", "rewards", "select"})
+    may_use: ClassVar = frozenset({"length_debias"})
+
+    type: Literal["sampled"]
+
+    def outputs(self, stage: Pairs) -> tuple[str, ...]:
+        if stage.select is None or stage.select.makes_pairs:
+            return PAIRED, UNPAIRED, COMPLETIONS
+        return SFT, COMPLETIONS
+
+    def problems(self, stage: Pairs) -> Iterator[Problem]:
+        select, count = stage.select, stage.generation.num_generations
+        if isinstance(select, PairSelection) and count < 2:
+            yield Problem("generation.num_generations", "makes no pair", count, "write at least 2")
+        if isinstance(select, Threshold) and select.rejected >= select.chosen:
+            what = f"must lie below chosen ({select.chosen:g})"
+            yield Problem("select.rejected", what, select.rejected, "write less")
+        if stage.length_debias != "none" and not isinstance(select, PairSelection | None):
+            what = f"makes chosen and rejected equally long, and {select.type} rejects nothing"
+            yield Problem("length_debias", what, stage.length_debias, "write none")
+
+    def build(self, context: PairsContext) -> SampledPairs:
+        return SampledPairs(context)
+
+
+class SampledPairs(Builder):
+    """See `Sampled`."""
+
+    def build_rows(self, prompts: Sequence[Row], first: int) -> list[Row]:
+        """A row for each completion, with the `score` and the `status` of every source; NaN is no judgement."""
+        context, count = self.context, self.context.stage.generation.num_generations
+        repeated = [row for row in prompts for _ in range(count)]
+        ids = context.sample([row["prompt"] for row in repeated])
+        texts = context.texts(ids)
+        sampled = [
+            {**row, "completion": _said(row["prompt"], text), "completion_ids": own}
+            for row, text, own in zip(repeated, texts, ids, strict=True)
+        ]
+        scored = context.scorer(sampled).sources
+        sources = {config.source_name: scored[config.source_name] for config in context.stage.rewards}
+        found = []
+        for place, (row, text) in enumerate(zip(sampled, texts, strict=True)):
+            own = row["completion_ids"]
+            facts: Row = {"prompt_index": first + place // count, "text": text, "length": len(own)}
+            facts["truncated"] = not context.ends.intersection(own[-1:])
+            facts["outcome"] = self._outcome(sources, place)
+            facts |= {f"score.{name}": float(of.totals[place]) for name, of in sources.items()}
+            facts |= {f"status.{name}": int(of.status[place]) for name, of in sources.items()}
+            found.append({**row, **facts})
+        return found
+
+    def _outcome(self, sources: Mapping[str, Any], place: int) -> float | None:
+        """The mean label of the sources that give labels, None where none did."""
+        names = [config.source_name for config in self.context.stage.rewards if config.labels_outcomes]
+        known = [float(sources[name].totals[place]) for name in names if sources[name].status[place] == Status.OK]
+        return fmean(known) if known else None
+
+    def finish(self, rows: Sequence[Row]) -> Built:
+        """Scores over all completions, and the choice among them.
+
+        Raises:
+            RunError: a prompt lacks completions, or nothing could be chosen.
+        """
+        from rlhf_kit.pairs.scores import scores_of
+
+        stage = self.context.stage
+        _check_complete(rows, stage.generation.num_generations)
+        scores = scores_of(stage, rows)
+        scored = [
+            {**row, "score": score, **{f"share.{name}": value for name, value in share.items()}}
+            for row, score, share in zip(rows, scores.totals, scores.shares, strict=True)
+        ]
+        facts = _facts(stage, scored, scores)
+        files, more = self._pairs(scored, facts) if UNPAIRED in stage.outputs else self._singles(scored, facts)
+        return Built({COMPLETIONS: scored, **files}, {**facts, **more})
+
+    def _pairs(self, scored: Sequence[Row], facts: Mapping[str, Any]) -> tuple[dict[str, list[Row]], Row]:
+        from rlhf_kit.pairs.rows import unpaired_rows, with_lineage
+        from rlhf_kit.pairs.select import select_pairs
+
+        stage, context = self.context.stage, self.context
+        assert isinstance(stage.select, PairSelection)
+        pairs = select_pairs(_candidates(scored), stage.select, stage.round, context.seed)
+        _refuse_nothing(pairs, stage, facts)
+        paired = [_paired(scored, pair) for pair in pairs]
+        means = {f"length_{side}": fmean(row[f"length_{side}"] for row in paired) for side in ("chosen", "rejected")}
+        found = {"pairs": len(pairs), "margin": fmean(pair.margin for pair in pairs), **means}
+        files = {PAIRED: paired, UNPAIRED: unpaired_rows(paired)}
+        return {name: with_lineage(rows, context.lineage) for name, rows in files.items()}, found
+
+    def _singles(self, scored: Sequence[Row], facts: Mapping[str, Any]) -> tuple[dict[str, list[Row]], Row]:
+        from rlhf_kit.pairs.rows import with_lineage
+        from rlhf_kit.pairs.select import select_completions
+        from rlhf_kit.pairs.selection import BestOfN, ExpertIteration
+
+        stage = self.context.stage
+        assert isinstance(stage.select, BestOfN | ExpertIteration)
+        places = select_completions(_candidates(scored), stage.select)
+        _refuse_nothing(places, stage, facts)
+        kept = ("prompt", "completion", "prompt_index", "score", "completion_ids", "length")
+        rows = [{name: scored[place][name] for name in kept} for place in places]
+        return {SFT: with_lineage(rows, self.context.lineage)}, {"rows": len(rows)}
+
+
+def _said(prompt: Any, text: str) -> Any:
+    """A completion in the form of its prompt: text, or messages."""
+    from rlhf_kit.data.messages import completion_messages
+
+    return text if isinstance(prompt, str) else completion_messages(text)
+
+
+def _check_complete(rows: Sequence[Row], count: int) -> None:
+    """Every prompt has all its completions, once."""
+    found = [row["prompt_index"] for row in rows]
+    if found != [number for number in range(len(rows) // count) for _ in range(count)]:
+        raise RunError(
+            f"the completions are not {count} for each prompt, in order: the files in work/ are not all of this run; "
+            "remove that folder, and start the same command again"
+        )
+
+
+def _candidates(scored: Sequence[Row]) -> list[Any]:
+    from rlhf_kit.pairs.select import Candidate
+
+    names = ("score", "length", "text", "truncated")
+    return [
+        Candidate(row["prompt_index"], place, **{name: row[name] for name in names}) for place, row in enumerate(scored)
+    ]
+
+
+def _paired(scored: Sequence[Row], pair: Pair) -> Row:
+    sides = {"chosen": scored[pair.chosen], "rejected": scored[pair.rejected]}
+    chosen, rejected = sides["chosen"], sides["rejected"]
+    row = {"prompt": chosen["prompt"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
+    row |= {"prompt_index": chosen["prompt_index"], "margin": pair.margin}
+    for field in ("score", "length"):
+        row |= {f"{field}_{side}": of[field] for side, of in sides.items()}
+    shares = [name.removeprefix("share.") for name in chosen if name.startswith("share.")]
+    row |= {f"share_{side}.{name}": of[f"share.{name}"] for name in shares for side, of in sides.items()}
+    return row | {f"{side}_ids": of["completion_ids"] for side, of in sides.items()}
+
+
+def _facts(stage: Pairs, scored: Sequence[Row], scores: Scores) -> Row:
+    """What the report says of the completions."""
+    finite = [score for score in scores.totals if score == score]
+    facts: Row = {
+        "prompts": len({row["prompt_index"] for row in scored}),
+        "completions": len(scored),
+        "failed": len(scored) - len(finite),
+        "truncated": fmean(row["truncated"] for row in scored),
+        "length": fmean(row["length"] for row in scored),
+        "score": fmean(finite) if finite else None,
+        "alpha": scores.debias.alpha,
+    }
+    for config in stage.rewards:
+        known = [value for row in scored if (value := row[f"score.{config.source_name}"]) == value]
+        facts[f"score/{config.source_name}"] = fmean(known) if known else None
+    return facts
+
+
+def _refuse_nothing(chosen: Sequence[Any], stage: Pairs, facts: Mapping[str, Any]) -> None:
+    if not chosen:
+        assert stage.select is not None
+        raise RunError(
+            f"select.{stage.select.type} chose nothing among {facts['completions']} completions of {facts['prompts']} "
+            f"prompts ({facts['failed']} without a score, {facts['truncated']:.0%} cut off at max_new_tokens): raise "
+            "generation.max_new_tokens or num_generations, or ask less of margins and lengths"
+        )

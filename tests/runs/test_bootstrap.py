@@ -1,0 +1,224 @@
+"""Rounds of pairs and DPO: killed anywhere they go on to the same models, and repeat what a change touches alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from rlhf_kit.pairs.files import read_rows
+from rlhf_kit.problems import RecipeError
+from rlhf_kit.recipe import load_recipe
+from rlhf_kit.runs.bootstrap import should_stop
+from rlhf_kit.runs.pipeline import run_pipeline
+from rlhf_kit.trainers.config import Stop
+
+SUMS = {"type": "running_sums", "terms": 2, "modulus": 5}
+ARGS = {
+    "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "max_length": 32, "logging_steps": 1,
+    "gradient_checkpointing": False, "save_strategy": "steps", "save_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """A file with two rounds from a model that has seen a little of the task; keyword arguments change the rounds."""
+
+    def write(name: str = "run", **fields: Any) -> Path:
+        scratch = {"type": "scratch", "vocabulary": [*map(str, range(5)), "="], "hidden_size": 16}
+        sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        args = {
+            "per_device_train_batch_size": 20,
+            "max_steps": 12,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+        }
+        sft = {
+            "type": "sft",
+            "model": {**scratch, **sizes},
+            "data": {**SUMS, "size": 60, "seed": 9},
+            "trainer": {"args": args},
+        }
+        old = tmp_path / "old.jsonl"
+        pairs = [{"prompt": f"{k} 1 =", "chosen": "1 2", "rejected": "4"} for k in range(4)]
+        if not old.exists():
+            old.write_text("\n".join(map(json.dumps, pairs)))
+        rounds = {
+            "type": "bootstrap",
+            "model": {"path": "${stages.sft.model}"},
+            "reference": "${stages.sft.model}",
+            "rounds": 2,
+            "pairs": {
+                "data": {**SUMS, "size": 8},
+                "generation": {"num_generations": 4, "max_new_tokens": 5, "prompts_at_once": 4},
+                "rewards": [{"type": "verifier", "verifier": "exact"}, {"type": "dpo_implicit", "weight": 0.1}],
+                "select": {"type": "best_worst", "truncated": "keep"},
+            },
+            "replay": {"data": {"type": "jsonl", "path": str(old)}, "share": 0.3},
+            "preference": {"objective": {"type": "dpo"}, "trainer": {"args": ARGS}},
+            "evaluation": {"data": {**SUMS, "size": 12, "seed": 3}, "verifier": "exact", "max_new_tokens": 5},
+        }
+        file = tmp_path / f"{name}.yaml"
+        stages = {"sft": sft, "dice": {**rounds, **fields}}
+        file.write_text(json.dumps({"name": name, "runs_dir": str(tmp_path / "runs"), "stages": stages}))
+        return file
+
+    return write
+
+
+def weights(run: Path, number: int = 2) -> dict[str, Any]:
+    return load_file(run / "dice" / f"round-{number}" / "preference" / "model" / "model.safetensors")
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def done_at(run: Path) -> dict[str, int]:
+    """When each step was done."""
+    folder = run / "dice"
+    return {str(p.parent.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("round-*/*/result.json")}
+
+
+def test_each_round_goes_on_from_the_one_before(recipe, tmp_path) -> None:
+    results = run_pipeline(load_recipe(recipe()))["dice"]
+    run = tmp_path / "runs" / "run"
+    first, second = (json.loads((run / "dice" / f"round-{n}" / "preference" / "step.json").read_text()) for n in (1, 2))
+    assert first["settings"]["model"]["path"] == str(run / "sft" / "model")
+    assert second["settings"]["model"]["path"] == str(run / "dice" / "round-1" / "preference" / "model")
+    pairs = [json.loads((run / "dice" / f"round-{n}" / "pairs" / "step.json").read_text())["settings"] for n in (1, 2)]
+    assert [step["rewards"][1]["reference"] for step in pairs] == [str(run / "sft" / "model")] * 2
+    assert [step["round"] for step in pairs] == [1, 2]
+    assert not same(weights(run, 1), weights(run, 2))
+    assert same(load_file(run / "dice" / "model" / "model.safetensors"), weights(run))
+    assert [row["round"] for row in results["rounds"]] == [1, 2] and results["updates"] == 4
+    assert results["eval_accuracy"] == results["rounds"][-1]["eval_accuracy"]
+    assert "round-2 preference" in (run / "report.html").read_text()
+    before = done_at(run)
+    assert run_pipeline(load_recipe(recipe()))["dice"]["rounds"] == results["rounds"]
+    assert done_at(run) == before and len(before) == 7
+
+
+def test_a_change_repeats_what_depends_on_it_and_puts_the_old_aside(recipe, tmp_path) -> None:
+    run = tmp_path / "runs" / "run"
+    run_pipeline(load_recipe(recipe()))
+    before, old = done_at(run), weights(run, 1)
+    args = {**ARGS, "learning_rate": 1e-3}
+    run_pipeline(load_recipe(recipe(preference={"objective": {"type": "dpo"}, "trainer": {"args": args}})))
+    after = done_at(run)
+    kept = {"round-0/evaluation", "round-1/pairs"}
+    assert {step for step in after if after[step] == before.get(step)} == kept
+    assert not same(weights(run, 1), old)
+    aside = run / "dice" / "round-1" / "preference.superseded-1" / "model" / "model.safetensors"
+    assert same(load_file(aside), old)
+
+    run_pipeline(load_recipe(recipe("fresh", preference={"objective": {"type": "dpo"}, "trainer": {"args": args}})))
+    assert same(weights(tmp_path / "runs" / "fresh"), weights(run))
+
+
+def test_a_changed_file_repeats_what_read_it(recipe, tmp_path) -> None:
+    run = tmp_path / "runs" / "run"
+    run_pipeline(load_recipe(recipe()))
+    before = done_at(run)
+    old = tmp_path / "old.jsonl"
+    old.write_text(old.read_text().replace("1 2", "3 3"))
+    run_pipeline(load_recipe(recipe()))
+    after = done_at(run)
+    assert {step for step in before if after.get(step) == before[step]} == {"round-0/evaluation", "round-1/pairs"}
+
+
+KILLED = """
+import os, signal, sys
+from rlhf_kit.recipe import load_recipe
+from rlhf_kit.runs import pipeline
+import rlhf_kit.pairs.stage as stage
+import rlhf_kit.runs.bootstrap as bootstrap
+from rlhf_kit.trainers import setup
+where, number = sys.argv[2], int(sys.argv[3])
+calls = []
+def dying(function):
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+if where == "chunk":
+    stage.write_rows = dying(stage.write_rows)
+elif where == "step":
+    bootstrap._begin = dying(bootstrap._begin)
+elif where == "copy":
+    bootstrap._copy = dying(bootstrap._copy)
+else:
+    from transformers import Trainer
+    Trainer._save_checkpoint = dying(Trainer._save_checkpoint)
+pipeline.run_pipeline(load_recipe(sys.argv[1]))
+"""
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_models(recipe, tmp_path) -> None:
+    runs = tmp_path / "runs"
+    run_pipeline(load_recipe(recipe("whole")))
+    file = recipe("killed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for where, number in (("chunk", 2), ("checkpoint", 2), ("copy", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(file), where, str(number)], env=environment, check=False
+        )
+        assert done.returncode == -signal.SIGKILL, where
+    results = run_pipeline(load_recipe(file))["dice"]
+    assert same(weights(runs / "killed"), weights(runs / "whole"))
+    whole = json.loads((runs / "whole" / "dice" / "result.json").read_text())
+    assert results["rounds"] == whole["rounds"]
+    first, second = (
+        read_rows(runs / name / "dice" / "round-1" / "pairs" / "completions.parquet") for name in ("killed", "whole")
+    )
+    assert first == second
+    assert not list((runs / "killed").rglob("*.superseded-*"))
+
+
+def test_the_rule_that_stops() -> None:
+    stop = Stop(patience=2, min_delta=0.1)
+    assert not should_stop([0.5, 0.4], stop)
+    assert should_stop([0.5, 0.4, 0.6], stop) and not should_stop([0.5, 0.4, 0.61], stop)
+    assert should_stop([0.1, 0.5, 0.5, 0.6], stop)
+
+
+def test_a_bootstrap_that_does_not_rise_stops_and_keeps_the_best(recipe, tmp_path) -> None:
+    args = {**ARGS, "learning_rate": 0.0}
+    fields = {"stop": {"patience": 1}, "keep": "best", "rounds": 5}
+    results = run_pipeline(
+        load_recipe(recipe(**fields, preference={"objective": {"type": "dpo"}, "trainer": {"args": args}}))
+    )["dice"]
+    assert len(results["rounds"]) == 1 and results["kept_round"] == 0
+    run = tmp_path / "runs" / "run"
+    assert same(
+        load_file(run / "dice" / "model" / "model.safetensors"), load_file(run / "sft" / "model" / "model.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"stop": {}, "evaluation": None}, "stages.dice.stop: asks for an accuracy"),
+        ({"keep": "best", "evaluation": None}, "stages.dice.keep"),
+        ({"reference": None}, "stages.dice.reference: is what the first round's implicit reward"),
+        ({"preference": {"objective": {"type": "cut"}}}, "stages.dice.preference.objective.type: learns from"),
+        (
+            {"preference": {"objective": {"type": "dpo"}, "trainer": {"args": {"max_stpes": 1}}}},
+            "did you mean 'max_steps'",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_in_the_recipes_words(recipe, fields, said) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe(**fields))
+    assert said in str(error.value)
