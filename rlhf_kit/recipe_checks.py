@@ -385,6 +385,8 @@ def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
         yield "model.path", stage.model.path, True
         if stage.model.tokenizer:
             yield "model.tokenizer", stage.model.tokenizer, True
+    if isinstance(stage, Preference) and stage.evaluation is not None:
+        yield from _data_paths("evaluation.data", stage.evaluation.data)
     if isinstance(stage, Reward | Preference) and stage.reference:
         yield "reference.path", stage.reference.path, True
     if isinstance(stage, Reward) and stage.step_evaluation:

@@ -180,13 +180,24 @@ def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
         yield "data", stage.data, {**_read_by_sources(stage.rewards), **builder}
         return
     yield from _prompts_of("data", stage.data, _read_in_training(stage))
+    if isinstance(stage, Preference) and stage.evaluation is not None:
+        verifier = stage.evaluation.verifier
+        yield "evaluation.data", stage.evaluation.data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"}
     if stage.eval_data is None:
         return
-    if isinstance(stage, Reward | Segment | Preference):
+    if isinstance(stage, Preference) and _holds_pairs(stage.eval_data):
+        yield from _prompts_of("eval_data", stage.eval_data, {})
+    elif isinstance(stage, Reward | Segment | Preference):
         yield from _prompts_of("eval_data", stage.eval_data, _read_in_training(stage))
     else:
         verifier = stage.evaluation and stage.evaluation.verifier
         yield "eval_data", stage.eval_data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"} if verifier else {}
+
+
+def _holds_pairs(config: DataConfig) -> bool:
+    """Whether a data set at hand has pairs, which a preference stage can judge whatever it learns from."""
+    columns = _columns(config)
+    return not isinstance(columns, Problem) and {"chosen", "rejected"} <= set(columns)
 
 
 def _prompts_of(

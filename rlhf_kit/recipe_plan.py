@@ -48,6 +48,8 @@ def _rows(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
         return
     if isinstance(stage, Sft | Ppo) and stage.evaluation:
         yield "evaluation", f"{stage.evaluation.verifier} on {_data(stage.eval_data)}"
+    if isinstance(stage, Preference) and stage.evaluation:
+        yield "evaluation", f"{stage.evaluation.verifier} on {_data(stage.evaluation.data)}"
     if isinstance(stage, Reward):
         objective, config = stage.objective, config_class(stage.type, stage.objective)
         offset = "" if stage.offset == "none" else f", {stage.offset} offset"

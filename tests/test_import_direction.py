@@ -9,7 +9,7 @@ import rlhf_kit
 
 PACKAGE = Path(rlhf_kit.__file__).parent
 TIERS = (
-    ("config", "errors", "problems", "redact", "yaml12", "rollout", "world_size"),
+    ("config", "errors", "problems", "processes", "redact", "yaml12", "rollout", "world_size"),
     ("credit",),
     ("models", "judges", "data"),
     ("rewards", "objectives"),

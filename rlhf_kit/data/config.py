@@ -232,9 +232,9 @@ class Mixed(DataBase):
 
 
 class CorruptedPrompts(DataBase):
-    """`rows`, each with a `corrupted_prompt`: its prompt after one of the edits of `perturbed` (Suri, arXiv 2406.19371).
+    """`rows`, each with a `corrupted_prompt`: its prompt after one of the edits of `perturbed`.
 
-    A row whose prompt none of the edits can change is left out.
+    It is what I-ORPO (arXiv 2406.19371) learns from. A row whose prompt none of the edits can change is left out.
     """
 
     type: Literal["corrupted_prompts"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +37,9 @@ def split_pair(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    common = os.path.commonprefix([chosen, rejected])
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(chosen), len(rejected)))
+    common = chosen[:shared]
     if common.startswith(HUMAN) and ASSISTANT in common:
         end = common.rindex(ASSISTANT) + len(ASSISTANT)
     else:
@@ -49,7 +50,7 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def dialogue_messages(text: str) -> list[Message] | None:
-    """The turns of a prompt `\\n\\nHuman: ...\\n\\nAssistant:`, without the empty one that it ends with; None of others."""
+    """The turns of a prompt `\\n\\nHuman: ...\\n\\nAssistant:`, less the empty one at its end, or None."""
     if not text.startswith(HUMAN) or not text.rstrip().endswith(ASSISTANT.strip()):
         return None
     return _turns(text)[:-1]

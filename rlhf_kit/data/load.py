@@ -148,8 +148,9 @@ def _read_parquet(config: Parquet) -> Dataset:
 
 
 def _read_hub(config: Hub) -> Dataset:
-    places = {"name": config.name, "data_dir": config.data_dir, "revision": config.revision}
-    dataset = load_dataset(config.path, split=config.split, **places)
+    dataset = load_dataset(
+        config.path, config.name, data_dir=config.data_dir, split=config.split, revision=config.revision
+    )
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{config.path}: split {config.split!r} is not one data set")
     return dataset

@@ -12,7 +12,7 @@ from rlhf_kit.rollout import Message, Text
 _BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 _TURN = re.compile(
     rf"(?P<break>{_BREAK})(?P<label>(?:(?!{_BREAK})[\s*_#>\-])*"
-    r"(?:user|human|assistant|ai|system|tool|customer|consultant)[\s*_]*[:\uff1a])",
+    r"(?:user|human|assistant|ai|system|developer|tool|function|customer|consultant)[\s*_]*[:\uff1a])",
     re.IGNORECASE,
 )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -26,6 +25,7 @@ from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer
 from rlhf_kit.models.scorer import add_log_prob_head
+from rlhf_kit.processes import processes
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import Text
 
@@ -79,7 +79,7 @@ class EvalContext:
     @cached_property
     def device(self) -> torch.device:
         """Where models belong."""
-        return cast(torch.device, PartialState().device)
+        return cast(torch.device, processes().device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from rlhf_kit.models.loading import load_copy, load_tokenizer
 from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.pairs.sampling import VllmSampler, sample_with_model
+from rlhf_kit.processes import processes
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rollout import Text
 
@@ -56,7 +56,7 @@ class PairsContext:
     @cached_property
     def device(self) -> torch.device:
         """Where models belong."""
-        return cast(torch.device, PartialState().device)
+        return cast(torch.device, processes().device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import set_seed
 
 from rlhf_kit.data.load import load_data
@@ -17,12 +15,12 @@ from rlhf_kit.pairs.builder import OUTPUTS, Builder, Row
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.pairs.context import PairsContext
 from rlhf_kit.pairs.files import read_rows, write_rows
+from rlhf_kit.processes import agreed, of_main, processes
 
 WORK_FOLDER, KEY_FILE = "work", "key"
 SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring runs
 
 Progress = Callable[[str], Callable[[int, int], object]]
-Result = TypeVar("Result")
 Chunk = tuple[int, int, list[Row]]
 
 
@@ -42,20 +40,16 @@ def run_pairs(
     Raises:
         RunError: a process failed, a file is broken, or nothing could be chosen.
     """
-    processes = PartialState()
-    chunks = list(_chunks(load_data(stage.data).to_list(), stage.generation.prompts_at_once))
+    state = processes()
+    rows = agreed(lambda: load_data(stage.data).to_list())
+    chunks = list(_chunks(rows, stage.generation.prompts_at_once))
     builder = stage.builder.build(PairsContext(stage, seed, recipe, functions))
     work = folder / WORK_FOLDER
-    missing: list[int] = []
-    if processes.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
-        _claim(work, config_fingerprint(stage, seed=seed))
-        missing = [number for number, _, _ in chunks if not chunk_file(work, number).is_file()]
-    missing = _of_main(missing)
-    own = [chunks[number] for number in missing[processes.process_index :: processes.num_processes]]
-    _agreed(lambda: _work_off(builder, work, own, progress("building rows")))
-    results = _agreed(lambda: _finish(builder, folder, chunks) if processes.is_main_process else {})
-    return _of_main(results)
+    missing = of_main(agreed(lambda: _missing(stage, work, seed, len(chunks)) if state.is_main_process else []))
+    own = [chunks[number] for number in missing[state.process_index :: state.num_processes]]
+    agreed(lambda: _work_off(builder, work, own, progress("building rows")))
+    results = agreed(lambda: _finish(builder, folder, chunks) if state.is_main_process else {})
+    return of_main(results)
 
 
 def _chunks(rows: list[Row], size: int) -> Iterator[Chunk]:
@@ -64,30 +58,11 @@ def _chunks(rows: list[Row], size: int) -> Iterator[Chunk]:
         yield number, first, rows[first : first + size]
 
 
-def _of_main(value: Result) -> Result:
-    """What the main process has, on every process."""
-    return cast(list[Result], gather_object([value]))[0]
-
-
-def _agreed(compute: Callable[[], Result]) -> Result:
-    """What `compute` gives, once no process has failed: the others would wait for it for ever.
-
-    Raises:
-        RunError: on every process, if it raised on any of several.
-    """
-    processes = PartialState()
-    if processes.num_processes == 1:
-        return compute()
-    result, error = None, None
-    try:
-        result = compute()
-    except Exception as caught:
-        error = caught
-    said = None if error is None else f"process {processes.process_index}: {error}"
-    errors = [text for text in cast(list[str | None], gather_object([said])) if text is not None]
-    if errors:
-        raise RunError("; ".join(errors)) from error
-    return cast(Result, result)
+def _missing(stage: Pairs, work: Path, seed: int, count: int) -> list[int]:
+    """The numbers of the chunks that are not kept yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    _claim(work, config_fingerprint(stage, seed=seed))
+    return [number for number in range(count) if not chunk_file(work, number).is_file()]
 
 
 def _claim(work: Path, key: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -20,6 +19,7 @@ from rlhf_kit.evals.fingerprint import config_fingerprint
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer
+from rlhf_kit.processes import of_main, processes
 from rlhf_kit.runs.manifest import write_whole
 from rlhf_kit.trainers.config import Bootstrap, HeldOutEvaluation, Stop
 from rlhf_kit.trainers.setup import StageRun
@@ -48,9 +48,9 @@ def run_bootstrap(stage: Bootstrap, run: StageRun, run_step: RunStep) -> Results
             break
     accuracies = _accuracies(start, rounds)
     kept = len(rounds) if stage.keep == "last" else max(range(len(accuracies)), key=lambda place: accuracies[place])
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         _copy(stage.model_of(kept, folder), folder / "model")
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     results: Results = {"updates": sum(row["updates"] for row in rounds), "kept_round": kept, "rounds": rounds}
     if stage.evaluation is not None:
         results |= {"eval_accuracy_start": accuracies[0], "eval_accuracy": accuracies[kept]}
@@ -84,9 +84,8 @@ def _step(stage: Config, folder: Path, run: StageRun, run_step: RunStep) -> Resu
 
 def _begin(stage: Config, folder: Path, seed: int) -> bool:
     """Whether a step is done; what was made from something else is put aside. The same on every process."""
-    processes = PartialState()
     done = False
-    if processes.is_main_process:
+    if processes().is_main_process:
         key = config_fingerprint(stage, seed=seed)
         record = folder / STEP_FILE
         if folder.exists() and (not record.is_file() or json.loads(record.read_text())["fingerprint"] != key):
@@ -96,7 +95,7 @@ def _begin(stage: Config, folder: Path, seed: int) -> bool:
             content = {"fingerprint": key, "settings": stage.model_dump(mode="json"), "seed": seed}
             write_whole(record, json.dumps(content, indent=1))
         done = (folder / RESULT_FILE).is_file()
-    return cast(list[bool], gather_object([done]))[0]
+    return of_main(done)
 
 
 def _aside(folder: Path) -> Path:
@@ -126,10 +125,10 @@ class _Measurement(Config):
 
 def _measure(step: _Measurement, folder: Path, run: StageRun) -> Results:
     """Every process takes its share of the prompts."""
-    processes, settings = PartialState(), step.evaluation
+    state, settings = processes(), step.evaluation
     rows = load_data(settings.data).to_list()
-    own = rows[processes.process_index :: processes.num_processes]
-    model = cast(Any, load_copy(step.model)).to(processes.device)
+    own = rows[state.process_index :: state.num_processes]
+    model = cast(Any, load_copy(step.model)).to(state.device)
     tokenizer = load_tokenizer(step.model)
     ids = generate_ids(
         cast(nn.Module, model),
@@ -144,9 +143,9 @@ def _measure(step: _Measurement, folder: Path, run: StageRun) -> Results:
     scored = [(verify(settings.verifier, text, row), len(i)) for text, row, i in zip(texts, own, ids, strict=True)]
     known = [(score, n) for score, n in cast(list[Any], gather_object(scored)) if score is not None]
     results = {"eval_accuracy": fmean(score for score, _ in known), "eval_length": fmean(n for _, n in known)}
-    if processes.is_main_process:
+    if state.is_main_process:
         write_whole(folder / RESULT_FILE, json.dumps(results))
-    processes.wait_for_everyone()
+    state.wait_for_everyone()
     return results
 
 

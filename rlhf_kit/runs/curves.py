@@ -44,6 +44,12 @@ KINDS = (
     PanelKind("Outcome", "Accuracy", {"accuracy": "training", "eval_accuracy": "held-out"}),
     PanelKind(
         "Outcome",
+        "Preference accuracy",
+        {"rewards/accuracies": "training", "eval_preference_accuracy": "held-out"},
+        baseline=0.5,
+    ),
+    PanelKind(
+        "Outcome",
         "Token accuracy",
         {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out"},
     ),

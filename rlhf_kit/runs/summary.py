@@ -43,6 +43,8 @@ def stage_numbers(rows: Sequence[dict[str, Any]], sources: Sequence[str]) -> dic
         numbers[name] = show(points[metric]) if metric in points else ""
 
     add("Accuracy, held-out", "eval_accuracy", _from_to)
+    add("Preference accuracy, held-out", "eval_preference_accuracy", _from_to)
+    add("Preference accuracy of length alone", "eval_length_only_accuracy", lambda s: format_percent(values(s)[-1]))
     add("Accuracy, training", "accuracy", lambda series: format_percent(tail_mean(series)))
     add("Token accuracy, held-out", "eval_mean_token_accuracy", _from_to)
     add("Token accuracy, training", "mean_token_accuracy", lambda series: format_percent(tail_mean(series)))

@@ -102,9 +102,9 @@ class Preference(Config):
 
     `reference` is what log-probabilities are compared with where the objective does so: without it the model as it
     starts, which with a LoRA adapter is its base. Rows whose prompt and completion together have more than `max_length`
-    tokens are left out. On `eval_data` with `prompt, chosen, rejected` the model's preference accuracy is measured before
-    and after training, whatever the objective learns from, and with what it learns from its loss; `evaluation` measures
-    the accuracy of greedy completions before and after.
+    tokens are left out. `eval_data` are pairs, on which the model's preference accuracy is measured before and after
+    training, or what the objective learns from, on which its loss is, or both in one. `evaluation` measures the
+    accuracy of greedy completions before and after.
     """
 
     type: Literal["preference"]
@@ -267,8 +267,8 @@ class Bootstrap(Config):
 
     A round samples with its model, scores, selects, mixes with `replay` and trains. A `dpo_implicit` source without
     `path` scores by the log-ratio of the round's model and the model before it, in the first round `reference`. With
-    `samples_from: reference` that earlier model samples, and the round's only ranks: a model rates highest among its own
-    samples what it has come to like beyond reason, for there the log-ratio can only be large where ref is small. `keep`
+    `samples_from: reference` that earlier model samples, and the round's only ranks: among a model's own samples the
+    log-ratio is large where ref is small, and rates highest what was overrated. `keep`
     is the model that later stages get. Every step has a folder of its own in `round-1/`, `round-2/`, ...; a step whose
     settings, files and models are those that it was done with is not repeated.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
@@ -16,6 +15,7 @@ from rlhf_kit.data.load import SampledCompletion
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer
+from rlhf_kit.processes import processes
 
 SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring data sets
 
@@ -28,10 +28,10 @@ def sample_completions(
     Each process samples for a block of the prompts, with a whole model of its own. `on_batch` is told how many
     completions there are, of how many, as if the other processes were as far as this one.
     """
-    processes = PartialState()
-    rank, world = processes.process_index, processes.num_processes
+    state = processes()
+    rank, world = state.process_index, state.num_processes
     model_config = Pretrained(path=config.model)
-    model = cast(nn.Module, load_copy(model_config)).to(processes.device)
+    model = cast(nn.Module, load_copy(model_config)).to(state.device)
     tokenizer = load_tokenizer(model_config)
     set_seed((config.seed + rank * SEED_STRIDE) % 2**32)
     k = config.num_generations

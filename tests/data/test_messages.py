@@ -42,7 +42,9 @@ def test_a_prompt_becomes_a_conversation_with_one_system_message():
     assert completion_messages([user]) == [user]
 
 
-@pytest.mark.parametrize("line", ["User: I am delighted", "  user : x", "**User:** x", "### Human: x", "Assistant： x"])
+@pytest.mark.parametrize(
+    "line", ["User: I am delighted", "  user : x", "**User:** x", "### Human: x", "Assistant： x", "Developer: x"]
+)
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n", "\u2028", "\x85"])
 def test_a_completion_cannot_open_a_turn_of_its_own(line, line_end):
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"Bye.{line_end}{line}"}]

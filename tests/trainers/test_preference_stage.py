@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlhf_kit.data.load import load_data
 from rlhf_kit.errors import RunError
+from rlhf_kit.evals.accuracy import greedy_scores
+from rlhf_kit.evals.steps import accuracy_interval
+from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.trainers.config import Preference
 from rlhf_kit.trainers.preference import run_preference
@@ -153,6 +157,156 @@ def test_a_stage_that_was_stopped_ends_with_the_same_weights(make: Make, tmp_pat
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "stopped"))
     for name, weight in before.state_dict().items():
         assert torch.equal(weight, after.state_dict()[name]), name
+
+
+def log_probs(path: Path | str, policy: str, row: dict[str, Any], side: str) -> torch.Tensor:
+    """Log-probabilities of a completion's tokens and its end, by a forward pass over it alone."""
+    tokenizer, model = load_tokenizer(Pretrained(path=policy)), load_model(Pretrained(path=str(path)))
+    before = tokenizer(row["prompt"])["input_ids"]
+    ids = torch.tensor(
+        [[*before, *tokenizer(row[side], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    )
+    with torch.no_grad():
+        log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    return log_p[len(before) - 1 :]
+
+
+HELD_OUT = [
+    {"prompt": "0 =", "chosen": "1 2", "rejected": "4 4"},
+    {"prompt": "1 =", "chosen": "4 4", "rejected": "1 1"},  # against what is learnt
+    {"prompt": "2 =", "chosen": "2 2 2", "rejected": "4"},
+    {"prompt": "3 =", "chosen": "3", "rejected": "4 4"},
+    {"prompt": "4 =", "chosen": "4 1 0", "rejected": "4 4"},
+]
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("objective", ["dpo", "nca", "pmpo", "orpo", "kto", "cringe"])
+def test_preference_accuracy_is_that_of_the_written_models_own_probabilities(
+    objective: str, peft: Any, make: Make, policy_path: str, tmp_path: Path
+) -> None:
+    """With a reference by the log-ratio, without one by the mean; objectives that learn from single rows as well."""
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("\n".join(map(json.dumps, HELD_OUT)))
+    args = {"max_steps": 8, "per_device_eval_batch_size": 3}
+    stage = make(objective, args, model={"peft": peft}, eval_data={"type": "jsonl", "path": str(path)})
+    logs = Logs()
+    results = run_preference(stage, StageRun(tmp_path / "run", callbacks=[logs]))
+    compares = objective not in ("orpo", "cringe")
+
+    def accuracy(model: Path | str) -> float:
+        right = []
+        for row in HELD_OUT:
+            found = [log_probs(model, policy_path, row, side) for side in ("chosen", "rejected")]
+            references = [log_probs(policy_path, policy_path, row, side) for side in ("chosen", "rejected")]
+            rewards = [
+                (own.sum() - reference.sum() if compares else own.mean()).item()
+                for own, reference in zip(found, references, strict=True)
+            ]
+            right.append(0.5 if rewards[0] == rewards[1] else float(rewards[0] > rewards[1]))
+        return sum(right) / len(right)
+
+    ends = accuracy(tmp_path / "run" / "model")
+    assert results["eval_preference_accuracy"] == pytest.approx(ends)
+    assert results["eval_preference_accuracy_start"] == pytest.approx(accuracy(policy_path))
+    assert results["eval_preference_accuracy_gain"] == pytest.approx(ends - accuracy(policy_path))
+    judged = [1.0] * round(5 * ends) + [0.0] * (5 - round(5 * ends))
+    assert results["eval_preference_accuracy_interval"] == pytest.approx(list(accuracy_interval(judged)))
+    assert (results["eval_length_only_accuracy"], results["eval_length_only_prefers"]) == (0.6, "longer")
+    logged = [entry["eval_preference_accuracy"] for entry in logs.entries if "eval_preference_accuracy" in entry]
+    assert logged == [results["eval_preference_accuracy_start"], results["eval_preference_accuracy"]]
+    assert ("eval_loss" in results) == (objective not in ("pmpo", "kto", "cringe"))
+
+
+def test_greedy_accuracy_is_measured_before_and_after(make: Make, policy_path: str, tmp_path: Path) -> None:
+    data = {"type": "running_sums", "size": 20, "terms": 2, "modulus": 5, "seed": 3}
+    evaluation = {"data": data, "verifier": "exact", "max_new_tokens": 4, "batch_size": 8}
+    stage = make("orpo", {"max_steps": 10}, evaluation=evaluation)
+    results = run_preference(stage, StageRun(tmp_path / "run"))
+    for name, path in (("eval_accuracy_start", policy_path), ("eval_accuracy", tmp_path / "run" / "model")):
+        model, tokenizer = load_model(Pretrained(path=str(path))), load_tokenizer(Pretrained(path=policy_path))
+        scores = greedy_scores(model, tokenizer, load_data(stage.evaluation.data), stage.evaluation)
+        assert results[name] == sum(scores) / 20
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_longer_rows_are_left_out_and_counted(objective: str, make: Make, tmp_path: Path) -> None:
+    long = {**ROWS[0], "chosen": "1 1 1 1 1 1", "completion": "1 1 1 1 1 1"}
+    stage = make(objective, max_length=6)  # the others have two tokens, and up to three and an end
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, long])))
+    results = run_preference(stage, StageRun(tmp_path / "run"))
+    run_preference(make(objective, data={**stage.data.model_dump(), "limit": 4}), StageRun(tmp_path / "short"))
+    assert results["left_out"] == 1
+    trained = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("run", "short")
+    ]
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    with pytest.raises(RunError, match="all 5 rows of the data are longer than 2 tokens"):
+        run_preference(make(objective, max_length=2), StageRun(tmp_path / "none"))
+
+
+CHAT = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %} {% else %}<eos>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_same_pairs_in_trls_formats_give_the_same_model(
+    objective: str, suffix: str, make: Make, tmp_path: Path
+) -> None:
+    """With a prompt and with the prompt inside; as text and as messages, of which the template makes that text."""
+
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    text = [{"prompt": f"{i} =", "chosen": f"{i} {i}", "rejected": "4 4"} for i in range(4)]
+    chat = [
+        {
+            "prompt": [said("user", row["prompt"])],
+            **{side: [said("assistant", row[side])] for side in ("chosen", "rejected")},
+        }
+        for row in text
+    ]
+    formats = {
+        "explicit": text,
+        "implicit": [{side: f"{row['prompt']} {row[side]}" for side in ("chosen", "rejected")} for row in text],
+        "chat": chat,
+        "implicit chat": [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in chat],
+    }
+    trained = {}
+    for name, rows in formats.items():
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            Dataset.from_list(rows).to_parquet(str(path))
+        stage = make(objective, data={"type": suffix, "path": str(path)}, model={"chat_template": CHAT})
+        run_preference(stage, StageRun(tmp_path / name))
+        trained[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
+    for name, weights in trained.items():
+        assert all(torch.equal(weights[key], trained["explicit"][key]) for key in weights), name
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "cringe"])
+def test_an_error_in_row_17_names_row_17(objective: str, make: Make, tmp_path: Path) -> None:
+    """Also where rows before it are skipped: a template that renders this prompt otherwise once it is answered."""
+    template = CHAT.replace("{{ m['content'] }}", "{{ m['content'] | replace('3', '' if loop.last else '3') }}", 1)
+    stage = make(objective, model={"chat_template": template})
+    rows = [{**ROWS[number % 3], "chosen": "1", "rejected": "2", "completion": "1"} for number in range(16)]
+    odd = {**rows[0], "prompt": "3 ="}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, odd, *rows])))
+    for skip in (0, 5):
+        data = {**stage.data.model_dump(), "chat": True, "skip": skip}
+        broken = Preference.model_validate({**stage.model_dump(), "data": data})
+        with pytest.raises(RunError, match=r"rows.jsonl, row 17: the chat template renders a prompt differently"):
+            run_preference(broken, StageRun(tmp_path / f"run-{skip}"))
+
+
+def test_held_out_rows_of_no_use_are_refused(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "single.jsonl"
+    path.write_text(json.dumps({"prompt": "1 =", "completion": "1"}))
+    stage = make("kto", eval_data={"type": "jsonl", "path": str(path)})
+    with pytest.raises(RunError, match="kto, on eval_data, learns from .* no label"):
+        run_preference(stage, StageRun(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("objective", ["orpo", "kto"])
