@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
-import random
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -38,16 +35,15 @@ from rlhf_kit.data.config import (
 )
 from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
-from rlhf_kit.data.implicit_prompts import answer_messages, dialogue_messages, opening, split_pair
+from rlhf_kit.data.implicit_prompts import answer_messages, dialogue_messages
 from rlhf_kit.data.marketplace import marketplace
 from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
 from rlhf_kit.data.mixing import with_replay
 from rlhf_kit.data.perturbations import corrupted_prompts, perturbed_rows
+from rlhf_kit.data.shaping import Row, renamed, selection, with_prompts, with_templates
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.tool_tasks import tool_arithmetic
 from rlhf_kit.data.verifiers import verify
-
-Row = dict[str, Any]
 
 
 class SampledCompletion(NamedTuple):
@@ -89,14 +85,14 @@ def load_with_origins(config: DataConfig, sampler: Sampler | None = None) -> tup
     """`load_data`, and how errors that show later name a row."""
     source = _source(config)
     dataset = _sampled(config, sampler) if isinstance(config, Sampled) else READERS[type(config)](config)
-    dataset = _rename(dataset, config.columns, source)
-    dataset = _with_prompts(dataset, source)
-    numbers = _selection(dataset, config, source)
+    dataset = renamed(dataset, config.columns, source)
+    dataset = with_prompts(dataset, source)
+    numbers = selection(dataset, config, source)
     dataset = dataset.select(numbers)
     if isinstance(config, Gsm8kSolutions | QaFeedback):
         dataset, numbers = _expanded(dataset, numbers, config)
     _check(dataset, numbers, source)
-    return _format(_with_templates(dataset, config, source), numbers, config), Origins(source, numbers)
+    return _format(with_templates(dataset, config, source), numbers, config), Origins(source, numbers)
 
 
 def _source(config: DataConfig) -> str:
@@ -288,94 +284,6 @@ def _one_type(values: Sequence[Any]) -> bool:
     except (pyarrow.ArrowException, OverflowError):
         return False
     return True
-
-
-def _with_prompts(dataset: Dataset, source: str) -> Dataset:
-    """An annotated text that answers no prompt has an empty one; pairs without one have it in both completions."""
-    names = set(dataset.column_names)
-    if "prompt" in names:
-        return dataset
-    if {"text", "spans"} <= names:
-        return cast(Any, dataset).add_column("prompt", [""] * len(dataset))
-    if not {"chosen", "rejected"} <= names:
-        return dataset
-    split: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": []}
-    for number, row in enumerate(dataset.to_list(), start=1):
-        try:
-            parts = split_pair(row["chosen"], row["rejected"])
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
-        for name, part in zip(split, parts, strict=True):
-            split[name].append(part)
-    rest = {name: dataset[name][:] for name in dataset.column_names if name not in split}
-    return Dataset.from_dict({**split, **rest})
-
-
-def _with_templates(dataset: Dataset, config: DataBase, source: str) -> Dataset:
-    """The columns that `templates` add, as text; the rows' other columns stand in the braces."""
-    names = dataset.column_names
-    for new, template in config.templates.items():
-        if new in names:
-            raise ValueError(f"{source}: templates make {new!r}, and there is a column {new!r} already")
-        unknown = [name for name in re.findall(r"\{(\w+)\}", template) if name not in names]
-        if unknown:
-            raise ValueError(f"{source}: the template of {new!r} asks for {unknown[0]!r}, and there is only {names}")
-    if not config.templates:
-        return dataset
-    made = {new: [_filled(text, row) for row in dataset.to_list()] for new, text in config.templates.items()}
-    return Dataset.from_dict({**{name: dataset[name][:] for name in names}, **made})
-
-
-def _filled(template: str, row: Row) -> str:
-    return re.sub(r"\{(\w+)\}", lambda place: str(row[place[1]]), template)
-
-
-def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
-    if not columns:
-        return dataset
-    names = dataset.column_names
-    for new, old in columns.items():
-        if old not in names:
-            raise ValueError(f"{source}: columns maps {new!r} to {old!r}, and there is only {', '.join(names)}")
-        if new in names and new not in columns.values():
-            raise ValueError(
-                f"{source}: columns maps {new!r} to {old!r}, and there is a column {new!r} already: "
-                "give that one another name in `columns` too"
-            )
-    kept = {name: name for name in names if name not in columns.values()}
-    table = dataset.data.table
-    wanted = {**columns, **kept}
-    renamed = pyarrow.table([table[old] for old in wanted.values()], names=list(wanted))
-    return Dataset(InMemoryTable(renamed))
-
-
-def _selection(dataset: Dataset, config: DataBase, source: str) -> list[int]:
-    """The positions that the range of hashes, shuffling, skipping and limiting leave."""
-    size = len(dataset)
-    if size == 0:
-        raise ValueError(f"{source}: there are no rows")
-    positions = list(range(size))
-    if config.hash_range is not None:
-        if "prompt" not in dataset.column_names:
-            raise ValueError(
-                f"{source}: hash_range reads prompts, and there are only {', '.join(dataset.column_names)}"
-            )
-        low, high = config.hash_range
-        hashes = [_hash(prompt) for prompt in dataset["prompt"]]
-        positions = [place for place in positions if low <= hashes[place] < high]
-    if config.shuffle_seed is not None:
-        random.Random(f"shuffle {config.shuffle_seed}").shuffle(positions)
-    stop = None if config.limit is None else config.skip + config.limit
-    positions = positions[config.skip : stop]
-    if not positions:
-        raise ValueError(f"{source}: no row is left of {size} after skip: {config.skip}")
-    return positions
-
-
-def _hash(prompt: Any) -> float:
-    """A number in [0, 1) that depends on nothing but how a prompt opens."""
-    text = opening(prompt) if isinstance(prompt, str) or is_messages(prompt) else repr(prompt)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _expanded(items: Dataset, numbers: list[int], config: Gsm8kSolutions | QaFeedback) -> tuple[Dataset, list[int]]:

@@ -102,9 +102,9 @@ class Preference(Config):
 
     `reference` is what log-probabilities are compared with where the objective does so: without it the model as it
     starts, which with a LoRA adapter is its base. Rows whose prompt and completion together have more than `max_length`
-    tokens are left out. `eval_data` are pairs, on which the model's preference accuracy is measured before and after
-    training, or what the objective learns from, on which its loss is, or both in one. `evaluation` measures the
-    accuracy of greedy completions before and after.
+    tokens are left out. `eval_data` with `prompt, chosen, rejected` give the model's preference accuracy before and
+    after training, whatever the objective learns from; the loss on them is measured with an `eval_strategy`, or where
+    they are no pairs. `evaluation` measures the accuracy of greedy completions before and after.
     """
 
     type: Literal["preference"]

@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from rlhf_kit.data.config import DataConfig
-from rlhf_kit.data.load import load_data, load_with_origins
+from rlhf_kit.data.config import DataConfig, Sampled
+from rlhf_kit.data.load import load_with_origins
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.loading import load_tokenizer
 from rlhf_kit.objectives.base import PAIRED
@@ -25,7 +25,7 @@ from rlhf_kit.trainers.offline import (
     trl_rows,
     with_sampled_ids,
 )
-from rlhf_kit.trainers.setup import StageRun, train
+from rlhf_kit.trainers.setup import StageRun, train, without_printing
 
 
 def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
@@ -35,10 +35,13 @@ def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
         RunError: the data lack a column that the objective reads.
     """
     tokenizer = load_tokenizer(stage.model)
-    rows = _Rows(stage, run, tokenizer)
-    learns_from = stage.eval_data if rows.can_be_learnt_from(stage.eval_data) else None
-    trainer, reference = offline_trainer(stage, stage.objective, run, tokenizer, rows.encoded, learns_from)
-    pairs = HeldOutPairs(trainer, reference, tokenizer, rows.pairs(), stage.reference is None, run)
+    rows = StageRows(stage, run, tokenizer)
+    held_out = rows.pairs()
+    evaluates = held_out is None or argument(stage, "eval_strategy") != "no"  # pairs are judged all the same
+    eval_data = stage.eval_data if evaluates else None
+    trainer, reference = offline_trainer(stage, stage.objective, run, tokenizer, rows.encoded, eval_data)
+    without_printing(trainer)
+    pairs = HeldOutPairs(trainer, reference, tokenizer, held_out, stage.reference is None, run)
     prompts = HeldOutPrompts(trainer, tokenizer, stage.evaluation, run)
     started = {**pairs.start(), **prompts.start()}
     if started and run.last_checkpoint() is None:
@@ -63,7 +66,7 @@ def _log(trainer: Trainer, results: dict[str, Any]) -> None:
         trainer.log(numbers)
 
 
-class _Rows:
+class StageRows:
     """A stage's rows as ids, less those that are longer than `max_length`."""
 
     def __init__(self, stage: Preference, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -82,25 +85,10 @@ class _Rows:
             return self._short(trl_rows(kept, self._tokenizer, origins), config)
         return self._short(objective_rows(data, objective, self._tokenizer, origins), config)
 
-    def can_be_learnt_from(self, config: DataConfig | None) -> bool:
-        """Whether held-out rows have what the objective reads; if not, they must be pairs, and no loss is asked for.
-
-        Raises:
-            RunError: they are of no use.
-        """
-        if config is None:
-            return False
-        data, objective = load_data(config, sampler_of(self._run)), self._stage.objective
-        fits = all(name in data.column_names for name in objective.columns_read)
-        pairs = all(name in data.column_names for name in PAIRED)
-        if not fits and (not pairs or argument(self._stage, "eval_strategy") != "no"):
-            check_columns(data, objective.columns_read, f"{objective.type}, on eval_data,")
-        return fits
-
     def pairs(self) -> Dataset | None:
-        """Held-out pairs as `prompt_ids, chosen_ids, rejected_ids`; None where `eval_data` are none."""
+        """Held-out pairs as `prompt_ids, chosen_ids, rejected_ids`; None where `eval_data` have none."""
         config = self._stage.eval_data
-        if config is None:
+        if config is None or isinstance(config, Sampled):  # whose rows are single completions
             return None
         data, origins = load_with_origins(config, sampler_of(self._run))
         if not all(name in data.column_names for name in PAIRED):

@@ -32,7 +32,7 @@ except RunError as error:
     said = str(error)
 log = RolloutLog(cast(Any, None), cast(Any, None), ranks, None)
 metrics = {"everywhere": float(rank)} | ({"here": 5.0} if rank == 1 else {})
-seen = {"said": said, "metrics": log._common(cast(Any, SimpleNamespace(metrics=metrics)))}
+seen = {"said": said, "metrics": log._common(cast(Any, SimpleNamespace(metrics=metrics, totals={})))}
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(seen))
 accelerator.wait_for_everyone()
 torch.distributed.destroy_process_group()

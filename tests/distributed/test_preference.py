@@ -37,7 +37,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
         {
             "prompt": f"{' '.join(map(str, row[: 1 + i % 3]))} =",
             "chosen": " ".join(map(str, row[: 1 + i % 5])),
-            "rejected": " ".join(map(str, row[:: -1][: 1 + i % 4])) + " 6",
+            "rejected": " ".join(map(str, row[::-1][: 1 + i % 4])) + " 6",
             "completion": " ".join(map(str, row[: 1 + i % 4])),
             "label": i % 2 == 0,
             "answer": str(row[0]),

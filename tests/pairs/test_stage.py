@@ -122,12 +122,41 @@ def test_dpo_and_kto_train_on_what_was_written(fields, tmp_path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_dpo_on_the_pairs_makes_the_model_right_more_often(fields, tmp_path) -> None:
+    from rlhf_kit.runs.pipeline import run_pipeline
+
+    sums = {**fields["data"], "size": 40}
+    generation = {**fields["generation"], "num_generations": 8, "prompts_at_once": 40}
+    changes = {"data": sums, "generation": generation, "rewards": fields["rewards"][:1]}
+    file = recipe(fields, tmp_path, **changes)
+    content = json.loads(file.read_text())
+    content["stages"]["after"] = {**content["stages"]["pairs"], "model": {"path": "${stages.dpo.model}"}}
+    args = {"per_device_train_batch_size": 40, "max_steps": 40, "learning_rate": 2e-3}
+    content["stages"]["dpo"]["objective"] |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+    content["stages"]["dpo"]["trainer"]["args"] |= args
+    file.write_text(json.dumps(content))
+    results = run_pipeline(load_recipe(file, ["~stages.kto"]))
+    pairs = read_rows(tmp_path / "run" / "pairs" / "paired.parquet")
+    answers = {row["prompt"]: row for row in running_sums(40, 2, 5, 0)}
+    for side, right in (("chosen", 1), ("rejected", 0)):
+        assert all(verify("exact", pair[side], answers[pair["prompt"]]) == right for pair in pairs)
+    print(results["pairs"]["score/verifier"], results["after"]["score/verifier"], len(pairs))
+    assert results["after"]["score/verifier"] > results["pairs"]["score/verifier"] + 0.1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"generation": {"num_generations": 1}}, "generation.num_generations: makes no pair"),
         ({"select": {"type": "threshold", "chosen": 0, "rejected": 1}}, "select.rejected: must lie below chosen"),
         ({"rewards": [{"type": "implicit_prm", "online": {}}]}, "rewards.0.online"),
+        (
+            {"rewards": [{"type": "implicit_prm", "path": ".", "reference": "ema"}]},
+            "rewards.0.reference: is an average",
+        ),
+        ({"generation": {"use_vllm": True}}, "generation.use_vllm: needs the package vllm"),
+        ({"select": {"type": "best_of_n"}, "length_debias": "tokens"}, "length_debias: makes chosen and rejected"),
+        ({"select": None}, "select: is what builder sampled needs"),
         ({"rewards": [{"type": "verifier", "verifier": "exact"}] * 2}, "rewards.1.name: has the same name"),
     ],
 )

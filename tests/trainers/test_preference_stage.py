@@ -107,8 +107,10 @@ def test_every_objective_trains_and_its_model_loads_anywhere(
 def test_the_model_learns_to_prefer_what_was_chosen(objective: str, make: Make, tmp_path: Path) -> None:
     stage = make(objective, {"max_steps": 30, "learning_rate": 3e-2})
     stage = stage.model_copy(update={"eval_data": stage.data})
+    args = {**stage.trainer.args, "eval_strategy": "steps", "eval_steps": 30}
+    stage = Preference.model_validate({**stage.model_dump(), "trainer": {"args": args}})
     results = run_preference(stage, StageRun(tmp_path / "run"))
-    assert results["eval_rewards/accuracies"] == 1.0
+    assert results["eval_rewards/accuracies"] == results["eval_preference_accuracy"] == 1.0
     assert results["eval_rewards/margins"] > 0
 
 
@@ -215,7 +217,7 @@ def test_preference_accuracy_is_that_of_the_written_models_own_probabilities(
     assert (results["eval_length_only_accuracy"], results["eval_length_only_prefers"]) == (0.6, "longer")
     logged = [entry["eval_preference_accuracy"] for entry in logs.entries if "eval_preference_accuracy" in entry]
     assert logged == [results["eval_preference_accuracy_start"], results["eval_preference_accuracy"]]
-    assert ("eval_loss" in results) == (objective not in ("pmpo", "kto", "cringe"))
+    assert "eval_loss" not in results
 
 
 def test_greedy_accuracy_is_measured_before_and_after(make: Make, policy_path: str, tmp_path: Path) -> None:
@@ -305,7 +307,7 @@ def test_held_out_rows_of_no_use_are_refused(make: Make, tmp_path: Path) -> None
     path = tmp_path / "single.jsonl"
     path.write_text(json.dumps({"prompt": "1 =", "completion": "1"}))
     stage = make("kto", eval_data={"type": "jsonl", "path": str(path)})
-    with pytest.raises(RunError, match="kto, on eval_data, learns from .* no label"):
+    with pytest.raises(RunError, match=r"kto learns from .* no label"):
         run_preference(stage, StageRun(tmp_path / "run"))
 
 
