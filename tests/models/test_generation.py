@@ -50,6 +50,13 @@ def test_the_model_is_left_in_the_mode_it_was_in(make_model, tokenizer, training
     assert model.training is training
 
 
+def test_with_a_small_top_p_only_the_likeliest_token_is_sampled(make_model, tokenizer) -> None:
+    model = make_model(seed=2)
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6, temperature=2.0, top_p=1e-6) == expected
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6, temperature=2.0) != expected
+
+
 def test_sampling_follows_the_tempered_distribution_over_the_whole_vocabulary(make_model, tokenizer) -> None:
     model, temperature, count = make_model(seed=2), 1.5, 4000
     model.generation_config.top_k = 2  # a model's own defaults do not narrow it

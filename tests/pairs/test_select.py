@@ -54,6 +54,8 @@ def test_filters_take_out_pairs_and_not_prompts() -> None:
     assert chosen(TABLE, type="best_worst", max_margin=2.0) == [(1, 2), (6, 5)]
     unequal = candidates([1.0, 4.0, 2.0], lengths=[10, 90, 12])
     assert chosen(unequal, type="best_worst", max_length_gap=5) == [(2, 0)]
+    assert chosen(unequal, type="best_worst", max_length_ratio=7.5) == [(1, 2)]
+    assert chosen(unequal, type="best_worst", max_length_ratio=1.2) == [(2, 0)]
     cut = candidates([1.0, 4.0, 2.0], truncated={1})
     assert chosen(cut, type="best_worst") == [(2, 0)]
     assert chosen(cut, type="best_worst", truncated="keep") == [(1, 0)]

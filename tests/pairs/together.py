@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from pydantic import TypeAdapter
 
 from rlhf_kit.errors import RunError
+from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.pairs.stage import run_pairs
-from rlhf_kit.trainers.config import StageConfig
 
 
 def failing_on_the_second(completions: list[str], **_: object) -> list[float]:
@@ -22,15 +21,24 @@ def failing_on_the_second(completions: list[str], **_: object) -> list[float]:
     return [0.0 for _ in completions]
 
 
+chunks: list[int] = []
+
+
+def told(done: int, total: int) -> None:
+    """How many chunks are this process's own."""
+    chunks.append(total)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for place, fields in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         folder = Path(sys.argv[2], str(place))
         functions = {"failing": failing_on_the_second}
+        chunks.clear()
         try:
-            said = run_pairs(
-                TypeAdapter(StageConfig).validate_python(fields), folder, recipe="run", functions=functions
-            )
+            stage = Pairs.model_validate(fields)
+            results = run_pairs(stage, folder, recipe="run", functions=functions, progress=lambda what: told)
+            said = [results, chunks[-1]]
         except RunError as error:
             said = str(error)
         Path(sys.argv[2], f"{place}-{PartialState().process_index}.json").write_text(json.dumps(said))
