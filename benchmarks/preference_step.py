@@ -48,7 +48,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cringe": {"type": "cringe"},
     "pairwise_cringe": {"type": "pairwise_cringe"},
 }
-TARGETS: dict[str, str] = dict.fromkeys(("nca", "c3po", "ce"), "<= 1.05") | dict.fromkeys(("orpo", "i_orpo", "cut"), "< 1")
+TARGETS = dict.fromkeys(("nca", "c3po", "ce"), "<= 1.05") | dict.fromkeys(("orpo", "i_orpo", "cut"), "< 1")
 SINGLE = ("ce", "pmpo", "cringe")  # one completion a row
 DEFAULTS = {
     "tiny": {"pairs": 64, "prompt": 14, "length": 14, "steps": 40, "warmup": 3},
