@@ -196,11 +196,11 @@ def test_no_file_of_the_run_holds_a_secret_of_the_environment(recipe: Recipe) ->
 
 def test_a_stage_that_raises_ends_its_run_as_failed(tmp_path: Path) -> None:
     recipe = load(tmp_path, PIPELINE)
-    with pytest.raises(KeyboardInterrupt), tracked(recipe, "sft", tmp_path / "sft"):
+    with pytest.raises(KeyboardInterrupt), tracked(recipe, "sft", recipe.stages["sft"], tmp_path / "sft"):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "sft" / "tensorboard")
         raise KeyboardInterrupt
     assert wandb.run is None and "TENSORBOARD_LOGGING_DIR" not in os.environ
-    with tracked(recipe, "ppo", tmp_path / "ppo"):
+    with tracked(recipe, "ppo", recipe.stages["ppo"], tmp_path / "ppo"):
         pass
     # wandb's own process may still be writing how the second run ended.
     assert WandbRun(tmp_path / "sft").exit_codes == [1]
@@ -213,7 +213,7 @@ def test_the_environment_names_project_and_folders(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "mine"))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "events")
-    with tracked(recipe, "sft", tmp_path / "stage"):
+    with tracked(recipe, "sft", recipe.stages["sft"], tmp_path / "stage"):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == "events"
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "events"
     assert list((tmp_path / "stage").glob("wandb")) == []
@@ -224,7 +224,7 @@ def test_the_environment_names_project_and_folders(tmp_path: Path, monkeypatch: 
 def test_a_run_that_the_caller_opened_is_used_and_left_open(tmp_path: Path) -> None:
     recipe = load(tmp_path, PIPELINE)
     with wandb.init(dir=str(tmp_path)) as run:
-        with tracked(recipe, "ppo", tmp_path / "ppo"):
+        with tracked(recipe, "ppo", recipe.stages["ppo"], tmp_path / "ppo"):
             assert wandb.run is run
         assert wandb.run is run
     assert not (tmp_path / "ppo" / "wandb").exists()
@@ -233,7 +233,7 @@ def test_a_run_that_the_caller_opened_is_used_and_left_open(tmp_path: Path) -> N
 def test_a_run_that_cannot_be_opened_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load(tmp_path, SINGLE, "trainer.args.report_to=wandb")
     monkeypatch.setenv("WANDB_PROJECT", "no/project")
-    with pytest.raises(RunError, match="WANDB_MODE=offline"), tracked(recipe, "sft", tmp_path / "stage"):
+    with pytest.raises(RunError, match="WANDB_MODE=offline"), tracked(recipe, "sft", recipe.stages["sft"], tmp_path / "stage"):
         pytest.fail("the stage was begun")
 
 
@@ -243,5 +243,5 @@ def test_wandb_is_imported_only_where_it_is_asked_for(
 ) -> None:
     recipe = load(tmp_path, SINGLE, *([] if report_to is None else [f"trainer.args.report_to={report_to}"]))
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
-    with tracked(recipe, "sft", tmp_path / "stage"):
+    with tracked(recipe, "sft", recipe.stages["sft"], tmp_path / "stage"):
         assert ("TENSORBOARD_LOGGING_DIR" in os.environ) == (report_to == "[tensorboard]")
