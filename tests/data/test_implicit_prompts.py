@@ -11,7 +11,7 @@ from datasets import Dataset
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_kit.data.config import DataConfig
-from rlhf_kit.data.implicit_prompts import opening, split_pair
+from rlhf_kit.data.implicit_prompts import split_pair
 from rlhf_kit.data.load import load_data, load_with_origins
 
 START = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea or coffee?\n\nAssistant:"
@@ -108,7 +108,7 @@ def test_ranges_of_hashes_divide_the_rows_and_no_opening_is_on_both_sides(tmp_pa
     path = write(tmp_path / "rows.jsonl", rows)
     parts = [load_data(config(type="jsonl", path=path, hash_range=r)) for r in ([0, 0.6], [0.6, 1])]
     assert sorted(parts[0]["n"][:] + parts[1]["n"][:]) == list(range(120))
-    openings = [{opening(prompt) for prompt in part["prompt"]} for part in parts]
+    openings = [{prompt.split("\n\nAssistant:")[0] for prompt in part["prompt"]} for part in parts]
     assert openings[0] and openings[1] and not openings[0] & openings[1]
     reordered = write(tmp_path / "reordered.jsonl", rows[::-1])
     again = load_data(config(type="jsonl", path=reordered, hash_range=[0, 0.6]))

@@ -12,6 +12,7 @@ import pytest
 from rlhf_kit.data.tasks import running_sums
 from rlhf_kit.data.verifiers import verify
 from rlhf_kit.errors import RunError
+from rlhf_kit.models.loading import load_tokenizer
 from rlhf_kit.pairs.files import read_rows
 from rlhf_kit.pairs.stage import run_pairs
 from rlhf_kit.problems import RecipeError
@@ -23,7 +24,7 @@ from .conftest import contents, stage
 def test_every_prompt_has_its_completions_and_their_scores_are_what_the_sources_say(fields, tmp_path) -> None:
     results = run_pairs(stage(fields), tmp_path)
     rows = read_rows(tmp_path / "completions.parquet")
-    prompts = running_sums(10, 2, 5, 0)
+    prompts, end = running_sums(10, 2, 5, 0), load_tokenizer(stage(fields).model).eos_token_id
     assert [row["prompt_index"] for row in rows] == [n for n in range(10) for _ in range(4)]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts for _ in range(4)]
     for row in rows:
@@ -32,6 +33,8 @@ def test_every_prompt_has_its_completions_and_their_scores_are_what_the_sources_
         assert row["score.verifier"] == right and row["score.length"] == pytest.approx(length)
         assert row["score"] == pytest.approx(right + 0.25 * length)
         assert row["length"] == len(row["completion_ids"]) <= 5
+        assert row["truncated"] == (row["completion_ids"][-1] != end) and row["outcome"] == right
+    assert {row["truncated"] for row in rows} == {True, False}
     assert len({row["text"] for row in rows}) > 4
     assert results["prompts"] == 10 and results["completions"] == 40
     assert 0 < results["score/verifier"] < 1
@@ -61,7 +64,8 @@ def test_chunks_of_other_settings_are_not_taken(fields, tmp_path) -> None:
     run_pairs(stage(fields), tmp_path / "one", seed=1)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     run_pairs(stage(fields, round=2), tmp_path / "two", seed=1)
-    assert contents(tmp_path / "one") != contents(tmp_path / "two")
+    completions = [contents(tmp_path / name)[0] for name in ("one", "two")]
+    assert completions[0] != completions[1]
     run_pairs(stage(fields), tmp_path / "two", seed=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 

@@ -233,7 +233,10 @@ def test_a_run_that_the_caller_opened_is_used_and_left_open(tmp_path: Path) -> N
 def test_a_run_that_cannot_be_opened_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load(tmp_path, SINGLE, "trainer.args.report_to=wandb")
     monkeypatch.setenv("WANDB_PROJECT", "no/project")
-    with pytest.raises(RunError, match="WANDB_MODE=offline"), tracked(recipe, "sft", recipe.stages["sft"], tmp_path / "stage"):
+    with (
+        pytest.raises(RunError, match="WANDB_MODE=offline"),
+        tracked(recipe, "sft", recipe.stages["sft"], tmp_path / "stage"),
+    ):
         pytest.fail("the stage was begun")
 
 

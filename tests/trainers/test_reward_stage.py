@@ -211,7 +211,7 @@ def test_processes_share_the_sampling_and_all_have_all_of_it(monkeypatch, policy
     monkeypatch.setattr(sampling, "generate_ids", recorded)
     for rank in range(world):
         state = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-        monkeypatch.setattr(sampling, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(sampling, "processes", lambda state=state: state)
         monkeypatch.setattr(sampling, "gather_object", lambda own: ([*chain(*blocks)] + [[0]] * 12)[:12])
         groups = sampling.sample_completions(config, prompts, lambda *counts: told.append(counts))
     assert [*chain(*asked)] == [prompt for prompt in prompts["prompt"] for _ in range(2)]
