@@ -229,6 +229,7 @@ def test_greedy_accuracy_is_measured_before_and_after(make: Make, policy_path: s
     results = run_preference(stage, StageRun(tmp_path / "run"))
     for name, path in (("eval_accuracy_start", policy_path), ("eval_accuracy", tmp_path / "run" / "model")):
         model, tokenizer = load_model(Pretrained(path=str(path))), load_tokenizer(Pretrained(path=policy_path))
+        assert stage.evaluation is not None
         scores = greedy_scores(model, tokenizer, load_data(stage.evaluation.data), stage.evaluation)
         assert results[name] == sum(scores) / 20
 
