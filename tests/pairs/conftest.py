@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rlhf_kit.data.tasks import running_sums
 from rlhf_kit.trainers.config import StageConfig
+
+from ..sums import save_policy_of_sums
 
 
 @pytest.fixture
@@ -30,25 +30,8 @@ def fields(talker_of_sums: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def talker_of_sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a one-layer Llama that has seen a little of the task."""
-    from rlhf_kit.data.tasks import running_sums_vocabulary
-    from rlhf_kit.models.config import Scratch
-    from rlhf_kit.models.loading import load_model, load_tokenizer
-
-    torch.manual_seed(0)
-    words = tuple(running_sums_vocabulary(5))
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Scratch.model_validate({"type": "scratch", "vocabulary": words, **sizes, "max_position_embeddings": 32})
-    model, tokenizer = load_model(config), load_tokenizer(config)
-    rows = running_sums(60, 2, 5, seed=9)
-    ids = tokenizer([f"{row['prompt']} {row['completion']} <eos>" for row in rows], return_tensors="pt")["input_ids"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(12):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("sums")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_policy_of_sums(folder, 5, 2, updates=12)
     return folder
 
 

@@ -23,9 +23,9 @@ from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.llm_critic import SCHEMA, LlmCritic, LlmCriticConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
 from rlhf_kit.rollout import Rollout, Status
-from rlhf_kit.trainers.rollouts import decoded
 
 from ..judges.scripted import Reply, ScriptedServer, asked
+from .reading import reader, rollout_of_texts
 
 torch.set_num_threads(1)
 OK, FAILED, NOT_APPLICABLE = (int(status) for status in (Status.OK, Status.FAILED, Status.NOT_APPLICABLE))
@@ -56,8 +56,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def context(talker: Path) -> BuildContext:
-    config = Pretrained(path=str(talker))
-    return BuildContext(load_model(config), config, 1.0, torch.device("cpu"), tokenizer=load_tokenizer(config))
+    return reader(talker)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +64,7 @@ def rollout_of(context: BuildContext) -> Callable[..., Rollout]:
     """A rollout of these texts, as their tokens decode; all prompts are the same."""
 
     def make(*texts: str, prompt: Any = "About the film:") -> Rollout:
-        tokenizer: Any = context.tokenizer
-        rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows])
-        empty = torch.zeros(len(rows), 1, dtype=torch.long)
-        prompts, completions = [prompt] * len(rows), list(texts)
-        return decoded(tokenizer, Rollout(prompts, completions, empty, empty.bool(), ids, mask, mask))
+        return rollout_of_texts(context, [prompt] * len(texts), texts)
 
     return make
 

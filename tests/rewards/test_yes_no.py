@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_kit.judges.base import Answer, Judge, Question
 from rlhf_kit.judges.local import first_tokens
 from rlhf_kit.models.config import Pretrained
-from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.rewards import RewardConfig
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.yes_no import YesNo, YesNoConfig, margin_of
 from rlhf_kit.rollout import Rollout, Status
-from rlhf_kit.trainers.rollouts import decoded
+
+from .reading import reader, rollout_of_texts
 
 torch.set_num_threads(1)
 POLICY = Pretrained(path="policy")
@@ -35,21 +35,13 @@ def config(**fields: Any) -> YesNoConfig:
 
 @pytest.fixture(scope="module")
 def context(talker: Path) -> BuildContext:
-    config = Pretrained(path=str(talker))
-    tokenizer = load_tokenizer(config)
-    return BuildContext(load_model(config), config, 1.0, torch.device("cpu"), tokenizer=tokenizer)
+    return reader(talker)
 
 
 @pytest.fixture(scope="module")
 def rollout(context: BuildContext) -> Rollout:
-    tokenizer: Any = context.tokenizer
-    rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows])
-    prompt = torch.zeros(3, 1, dtype=torch.long)
     prompts = ["The film:", [{"role": "user", "content": "And?"}], "Well, {{completion}}"]
-    return decoded(tokenizer, Rollout(prompts, TEXTS, prompt, prompt.bool(), ids, mask, mask))
+    return rollout_of_texts(context, prompts, TEXTS)
 
 
 class Scripted(Judge):

@@ -17,13 +17,12 @@ from fastapi import FastAPI, Request
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_kit.models.config import Pretrained
-from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.rewards import RewardConfig
 from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.yes_no import YesNo, YesNoConfig
 from rlhf_kit.rollout import Rollout, Status
-from rlhf_kit.trainers.rollouts import decoded
+
+from .reading import reader, rollout_of_texts
 
 torch.set_num_threads(1)
 TEXTS = ["I like it. The film was good!", "no", "the story was bad", "A film", "Thank you! I like the story"]
@@ -90,19 +89,12 @@ def base_url(model: Model) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def context(talker: Path) -> BuildContext:
-    config = Pretrained(path=str(talker))
-    return BuildContext(load_model(config), config, 1.0, torch.device("cpu"), tokenizer=load_tokenizer(config))
+    return reader(talker)
 
 
 @pytest.fixture(scope="module")
 def rollout(context: BuildContext) -> Rollout:
-    tokenizer: Any = context.tokenizer
-    rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows])
-    prompt = torch.zeros(len(TEXTS), 1, dtype=torch.long)
-    return decoded(tokenizer, Rollout(["The film:"] * len(TEXTS), TEXTS, prompt, prompt.bool(), ids, mask, mask))
+    return rollout_of_texts(context, ["The film:"] * len(TEXTS), TEXTS)
 
 
 def source(judge: dict[str, Any], context: BuildContext) -> YesNo:

@@ -14,8 +14,6 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from rlhf_kit.data.load import load_data
-from rlhf_kit.data.tasks import running_sums, running_sums_vocabulary
-from rlhf_kit.models.config import Scratch
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import rollout_outputs
 from rlhf_kit.rewards.config import SourceConfig
@@ -26,6 +24,8 @@ from rlhf_kit.trainers.rollouts import build_rollout
 from rlhf_kit.trainers.run_ppo import ppo_args
 from rlhf_kit.trainers.setup import StageRun
 from rlhf_kit.trainers.trl_compat import Batch
+
+from ..sums import save_policy_of_sums
 
 MODULUS, TERMS = 5, 2
 DATA = {"type": "running_sums", "size": 60, "terms": TERMS, "modulus": MODULUS}
@@ -72,27 +72,8 @@ class Recorder(PpoTrainer):
 @pytest.fixture(scope="session")
 def policy_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a one-layer Llama that has seen a little of the task: rewards and lengths of its completions vary."""
-    torch.manual_seed(0)
-    config = Scratch(
-        type="scratch",
-        vocabulary=tuple(running_sums_vocabulary(MODULUS)),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    model, tokenizer = load_model(config), load_tokenizer(config)
-    rows = running_sums(60, TERMS, MODULUS, seed=9)
-    ids = tokenizer([f"{row['prompt']} {row['completion']} <eos>" for row in rows], return_tensors="pt")["input_ids"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(10):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("policy")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_policy_of_sums(folder, MODULUS, TERMS, updates=10)
     return str(folder)
 
 
