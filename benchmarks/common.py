@@ -327,3 +327,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     return options
+
+
+def parsed(
+    options: argparse.ArgumentParser,
+    sizes: Mapping[str, str],
+    defaults: Mapping[str, Mapping[str, int]],
+    arguments: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """The arguments with `sizes`, by their help texts; `defaults` differ for the model `tiny` and one at a `path`."""
+    for name, text in sizes.items():
+        options.add_argument(f"--{name}", type=int, help=text)
+    found = options.parse_args(arguments)
+    for name, value in defaults["tiny" if found.model == "tiny" else "path"].items():
+        if getattr(found, name) is None:
+            setattr(found, name, value)
+    return found

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import parser, print_table, quieten, report, save_scratch_policy, spread
+from common import parsed, parser, print_table, quieten, report, save_scratch_policy, spread
 from datasets import Dataset
 from step_time import Arm
 from transformers import Trainer
@@ -151,19 +151,15 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--model", default="tiny", help="'tiny' (the quickstart's, from scratch) or a path")
     options.add_argument("--lora", action="store_true", help="train LoRA adapters")
     options.add_argument("--arms", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
-    for name, text in (
-        ("pairs", "pairs of a step"),
-        ("prompt", "words of a prompt"),
-        ("length", "tokens of a completion"),
-        ("steps", "rounds that are measured"),
-        ("warmup", "rounds before them"),
-    ):
-        options.add_argument(f"--{name}", type=int, help=text)
-    found = options.parse_args(arguments)
+    sizes = {
+        "pairs": "pairs of a step",
+        "prompt": "words of a prompt",
+        "length": "tokens of a completion",
+        "steps": "rounds that are measured",
+        "warmup": "rounds before them",
+    }
+    found = parsed(options, sizes, DEFAULTS, arguments)
     found.arms = [TRL, *(name for name in found.arms if name != TRL)]
-    for name, value in DEFAULTS["tiny" if found.model == "tiny" else "path"].items():
-        if getattr(found, name) is None:
-            setattr(found, name, value)
     return found
 
 

@@ -35,6 +35,7 @@ from common import (
     check_lengths,
     now,
     odd,
+    parsed,
     parser,
     ppo_stage,
     print_table,
@@ -342,19 +343,14 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--model", default="tiny", help="'tiny' (the quickstart's, from scratch) or a path")
     options.add_argument("--lora", action="store_true", help="train LoRA adapters on the model at a path")
-    for name, text in (
-        ("batch", "completions of a step"),
-        ("length", "tokens of every completion"),
-        ("generations", "completions per prompt"),
-        ("steps", "rounds that are measured"),
-        ("warmup", "rounds before them"),
-    ):
-        options.add_argument(f"--{name}", type=int, help=text)
-    found = options.parse_args(arguments)
-    for name, value in DEFAULTS["tiny" if found.model == "tiny" else "path"].items():
-        if getattr(found, name) is None:
-            setattr(found, name, value)
-    return found
+    sizes = {
+        "batch": "completions of a step",
+        "length": "tokens of every completion",
+        "generations": "completions per prompt",
+        "steps": "rounds that are measured",
+        "warmup": "rounds before them",
+    }
+    return parsed(options, sizes, DEFAULTS, arguments)
 
 
 def main() -> None:
