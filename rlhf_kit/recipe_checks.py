@@ -5,33 +5,28 @@ Each check yields problems with paths relative to the stage.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_kit.data.config import (
-    DataBase,
     Gsm8kSolutions,
-    Jsonl,
-    Parquet,
     Perturbed,
     QaFeedback,
     ReasoningGym,
     RunningSums,
     Sampled,
     ToolArithmetic,
-    ToxicSpans,
 )
-from rlhf_kit.data.files import is_address
 from rlhf_kit.evals.stage import Eval
-from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Pretrained, Scratch
+from rlhf_kit.models.config import RUNNING_SUMS_MODULUS, Scratch
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.recipe_bootstrap import check_bootstrap
-from rlhf_kit.rewards.config import SourceConfig
+from rlhf_kit.recipe_files import missing_files
+from rlhf_kit.rewards.config import source_problems
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.rewards.segment_model import SegmentModelConfig
 from rlhf_kit.rewards.turns import TurnsConfig
@@ -41,12 +36,14 @@ from rlhf_kit.trainers.config import Bootstrap, Ppo, Preference, Reward, Segment
 
 PROCESS_ESTIMATORS = ("prime", "min_form")
 FIRST_TRANSFORMERS_WITH_TOOLS = (5, 13)
-RESERVED_NAMES = ("kl", "truncation", "critic", "default", "ema")  # the kit's penalties and adapters
+RESERVED_NAMES: dict[str, str] = dict.fromkeys(
+    ("kl", "truncation", "critic", "default", "ema"), "a name of the kit's own reward or adapter"
+)
 
 
 def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe_path: Path) -> list[Problem]:
     """All that is wrong with a valid stage; `earlier` are outputs of earlier stages, which may not exist."""
-    problems = list(_files(stage, earlier, recipe_path))
+    problems = list(missing_files(stage, earlier, recipe_path))
     if isinstance(stage, Bootstrap):
         inside = partial(check_stage, world_size=world_size, recipe_path=recipe_path)
         return [*problems, *check_bootstrap(stage, earlier, lambda step, known: inside(step, earlier=known))]
@@ -180,25 +177,15 @@ def _critic(stage: Ppo) -> Iterator[Problem]:
 
 
 def _sources(stage: Ppo) -> Iterator[Problem]:
-    names: dict[str, int] = {}
-    joint: list[str] = []
-    for index, source in enumerate(stage.rewards):
-        path = f"rewards.{index}"
-        if source.source_name in names:
-            twice = f"has the same name as rewards.{names[source.source_name]}"
-            yield Problem(f"{path}.name", twice, source.source_name, "give one of them another name")
-        names.setdefault(source.source_name, index)
-        yield from (problem.under(path) for problem in source.problems(stage.model, stage.rewards))
-        if isinstance(source, ImplicitPrmConfig) and source.online and source.online.order == "with_policy":
-            joint.append(path)
-
+    yield from source_problems(stage.rewards, stage.model, RESERVED_NAMES)
+    joint = [
+        f"rewards.{index}"
+        for index, source in enumerate(stage.rewards)
+        if isinstance(source, ImplicitPrmConfig) and source.online and source.online.order == "with_policy"
+    ]
     for path in joint[1:]:
         remedy = f"write before_scoring ({joint[0]} is with_policy already)"
         yield Problem(f"{path}.online.order", "one PRM at most trains with the policy", "with_policy", remedy)
-    for index, source in enumerate(stage.rewards):
-        if source.source_name in RESERVED_NAMES:
-            what = "is a name of the kit's own reward or adapter"
-            yield Problem(f"rewards.{index}.name", what, source.source_name, "give it another name")
 
 
 def _accuracy_band(stage: Ppo, world_size: int) -> Iterator[Problem]:
@@ -332,89 +319,3 @@ def _model(stage: TrainingStage) -> Iterator[Problem]:
             if isinstance(data, ToolArithmetic):
                 what = "has conversations, and the model's vocabulary has neither their words nor a template"
                 yield Problem(path, what, data.type, "write model.vocabulary: tool_arithmetic")
-
-
-# --- files ---
-
-
-def _files(stage: Stage, earlier: Collection[Path], recipe_path: Path) -> Iterator[Problem]:
-    """Data files and local models that do not exist."""
-    for path, value, is_model in _paths(stage):
-        location = Path(value)
-        if location in earlier or location.exists() or (_may_be_remote(value) if is_model else is_address(value)):
-            continue
-        beside = recipe_path.parent / value
-        if beside.exists():
-            remedy = f"paths start from the current directory: write {os.path.relpath(beside)}"
-        elif is_model:
-            remedy = "give a folder or a hub id (owner/name)"
-        else:
-            remedy = f"paths start from the current directory, {Path.cwd()}"
-        yield Problem(path, "no such model folder" if is_model else "no such file", value, remedy)
-
-
-def _data_paths(field: str, data: DataBase) -> Iterator[tuple[str, str, bool]]:
-    if isinstance(data, Sampled):
-        yield f"{field}.model", data.model, True
-    if isinstance(data, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
-        yield f"{field}.path", data.path, False
-    for name, part in data.parts.items():
-        yield from _data_paths(f"{field}.{name}", part)
-
-
-def _paths(stage: Stage) -> Iterator[tuple[str, str, bool]]:
-    """Every file or model that the stage reads, as (field, value, whether it is a model)."""
-    if isinstance(stage, Eval):
-        yield from _eval_paths(stage)
-        return
-    if isinstance(stage, Bootstrap):
-        if stage.reference is not None:
-            yield "reference", stage.reference, True
-        if stage.evaluation is not None:
-            yield from _data_paths("evaluation.data", stage.evaluation.data)
-        return
-    if isinstance(stage, Pairs):
-        yield from _data_paths("data", stage.data)
-        yield from _model_paths(stage.model, stage.rewards)
-        yield from ((f"builder.{field}", value, is_model) for field, value, is_model in stage.builder.files())
-        return
-    for field in ("data", "eval_data"):
-        if (data := getattr(stage, field)) is not None:
-            yield from _data_paths(field, data)
-    if not isinstance(stage.model, Scratch):
-        yield "model.path", stage.model.path, True
-        if stage.model.tokenizer:
-            yield "model.tokenizer", stage.model.tokenizer, True
-    if isinstance(stage, Preference) and stage.evaluation is not None:
-        yield from _data_paths("evaluation.data", stage.evaluation.data)
-    if isinstance(stage, Reward | Preference) and stage.reference:
-        yield "reference.path", stage.reference.path, True
-    if isinstance(stage, Reward) and stage.step_evaluation:
-        yield "step_evaluation.path", stage.step_evaluation.path, False
-    if isinstance(stage, Ppo):
-        for index, source in enumerate(stage.rewards):
-            yield from ((f"rewards.{index}.{field}", value, is_model) for field, value, is_model in source.files())
-        if stage.critic and stage.critic.path:
-            yield "critic.path", stage.critic.path, True
-
-
-def _model_paths(model: Pretrained | None, rewards: Sequence[SourceConfig]) -> Iterator[tuple[str, str, bool]]:
-    if model is not None:
-        yield "model.path", model.path, True
-        if model.tokenizer:
-            yield "model.tokenizer", model.tokenizer, True
-    for index, source in enumerate(rewards):
-        yield from ((f"rewards.{index}.{field}", value, is_model) for field, value, is_model in source.files())
-
-
-def _eval_paths(stage: Eval) -> Iterator[tuple[str, str, bool]]:
-    yield from _model_paths(stage.model, stage.rewards)
-    for name, evaluation in stage.evals.items():
-        for field, data, _ in evaluation.data_sets():
-            yield from _data_paths(f"evals.{name}.{field}", data)
-        yield from ((f"evals.{name}.{field}", value, is_model) for field, value, is_model in evaluation.files())
-
-
-def _may_be_remote(model: str) -> bool:
-    """A hub id is `name` or `owner/name`; anything else is meant as a folder."""
-    return not model.startswith((".", "/")) and model.count("/") <= 1

@@ -22,6 +22,7 @@ TIERS = (
         "recipe_checks",
         "recipe_data",
         "recipe_errors",
+        "recipe_files",
         "recipe_plan",
         "recipe_warnings",
         "recipe_yaml",

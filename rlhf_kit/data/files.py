@@ -52,3 +52,10 @@ def fingerprint(path: Path) -> str | None:
             while chunk := content.read(1 << 20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}" if files else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

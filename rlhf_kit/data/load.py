@@ -37,7 +37,7 @@ from rlhf_kit.data.files import local_file
 from rlhf_kit.data.gsm8k import gsm8k_rows
 from rlhf_kit.data.implicit_prompts import answer_messages, dialogue_messages
 from rlhf_kit.data.marketplace import marketplace
-from rlhf_kit.data.messages import completion_messages, is_messages, prompt_messages
+from rlhf_kit.data.messages import completion_like, completion_messages, is_messages, prompt_messages
 from rlhf_kit.data.mixing import with_replay
 from rlhf_kit.data.perturbations import corrupted_prompts, perturbed_rows
 from rlhf_kit.data.shaping import Row, renamed, selection, with_prompts, with_templates
@@ -256,8 +256,7 @@ def _sampled(config: Sampled, sampler: Sampler | None) -> Dataset:
                     f"{_source(config)}, row {number}: verifier {config.verifier!r} cannot judge it, having "
                     f"only the columns {', '.join(row)}"
                 )
-            text = isinstance(row["prompt"], str)
-            said = completion.text if text else completion_messages(completion.text)
+            said = completion_like(row["prompt"], completion.text)
             rows.append({**row, "completion": said, "completion_ids": completion.ids, "label": score >= 0.5})
     return _dataset(rows, _source(config))
 

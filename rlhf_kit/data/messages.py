@@ -78,6 +78,11 @@ def prompt_messages(prompt: Text, system: str | None) -> list[Message]:
     return messages
 
 
+def completion_like(prompt: Text, completion: Text) -> Text:
+    """The completion in the form that its prompt has: text, or messages."""
+    return completion_text(completion) if isinstance(prompt, str) else completion_messages(completion)
+
+
 def completion_messages(completion: Text) -> list[Message]:
     """`completion` as messages: text becomes one assistant message."""
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)

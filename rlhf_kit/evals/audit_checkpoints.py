@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_kit.data.files import write_whole
 from rlhf_kit.data.messages import completion_messages
 from rlhf_kit.data.verifiers import verify
 from rlhf_kit.evals.audit import Audit, Resampled, checkpoints_of, refusal_of, stage_folder
@@ -134,8 +134,8 @@ class _Start:
     def distances(self, features: np.ndarray) -> np.ndarray:
         """Mahalanobis distance from the completions of the policy before training: others than those measured."""
         if self._fitted is None:
-            own = self.completions(self.context.model, seed=1)
-            self._fitted = Mahalanobis(self.looks(own, self.context.model)[2])
+            own = self.completions(self.context.policy, seed=1)
+            self._fitted = Mahalanobis(self.looks(own, self.context.policy)[2])
         return self._fitted(features)
 
     @torch.no_grad()
@@ -155,12 +155,12 @@ class _Start:
             progress(begin, len(rows))
             rollout = given_rollout(rows[begin : begin + size], self.context.tokenizer, self.context.device)
             masks = [mask.cpu().numpy() for mask in rollout.completion_mask]
-            for found, which in ((own, model), (before, self.context.model)):
+            for found, which in ((own, model), (before, self.context.policy)):
                 (log_probs,) = rollout_outputs(cast(nn.Module, which), rollout)
                 found += [row[mask] for row, mask in zip(log_probs.cpu().double().numpy(), masks, strict=True)]
             ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
             mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1).long()
-            backbone = cast(Any, self.context.model).base_model
+            backbone = cast(Any, self.context.policy).base_model
             hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, rollout.prompt_ids.shape[1] :]
             inside = rollout.completion_mask[..., None]
             features += list(((hidden.float() * inside).sum(dim=1) / inside.sum(dim=1)).cpu().numpy())
@@ -172,21 +172,19 @@ def _measure(config: Audit, resample: Resampled, start: _Start, path: Path | Non
     """The numbers of a checkpoint, read back where they are kept: the file's name tells what they depend on."""
     others = [] if path is None else [str(path)]
     key = config_fingerprint(
-        resample, config, context.model_config, *context.stage.rewards, others=others, seed=context.seed
+        resample, config, context.policy_config, *context.stage.rewards, others=others, seed=context.seed
     )
     kept = context.folder / KEPT / f"{key[:16]}.json"
     if kept.is_file():
         return Measured(**json.loads(kept.read_text(encoding="utf-8"))["measured"])
     if path is None:
-        model = context.model
+        model = context.policy
     else:
         changes = {"path": str(path), "revision": None, "gguf_file": None}
-        model = context.load_model(context.model_config.model_copy(update=changes))
+        model = context.load_model(context.policy_config.model_copy(update=changes))
     measured = _of_model(config, resample, start, model, context)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps({"fingerprint": key, "model": str(path), "measured": asdict(measured)}))
-    os.replace(partial, kept)
+    write_whole(kept, json.dumps({"fingerprint": key, "model": str(path), "measured": asdict(measured)}))
     return measured
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -17,22 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from rlhf_kit.data.config import DataConfig, Sampled
 from rlhf_kit.data.load import Sampler, load_data
 from rlhf_kit.evals.fingerprint import config_fingerprint
+from rlhf_kit.evals.policy import FrozenPolicy, Progress
 from rlhf_kit.evals.scoring import GivenScorer, Row, Scored
 from rlhf_kit.evals.stage import Eval
-from rlhf_kit.judges.base import Judge
-from rlhf_kit.judges.config import JudgeConfig
-from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
-from rlhf_kit.models.loading import load_copy, load_tokenizer
-from rlhf_kit.models.scorer import add_log_prob_head
-from rlhf_kit.processes import processes
-from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rollout import Text
 
-Progress = Callable[[str], Callable[[int, int], object]]
 
-
-class EvalContext:
+class EvalContext(FrozenPolicy):
     """The model, the tokenizer and the sources of an `eval` stage.
 
     Args:
@@ -53,69 +44,17 @@ class EvalContext:
         functions: Mapping[str, Callable[..., Any]] | None = None,
         progress: Progress = lambda what: lambda done, total: None,
     ) -> None:
+        super().__init__(stage.model, stage.batch_size, functions)
         self.stage = stage
         self.folder = folder
         self.seed = seed
         self.progress = progress
         self._sampler = sampler
-        self._functions = functions or {}
-
-    @property
-    def model_config(self) -> Pretrained:
-        """Where the model is."""
-        assert self.stage.model is not None, "`Eval.problems` refuses such a stage"
-        return self.stage.model
-
-    @property
-    def policy_config(self) -> Pretrained:
-        """The same, by the name that a judge asks for."""
-        return self.model_config
-
-    @property
-    def policy(self) -> PreTrainedModel:
-        """`model`, by the name that a judge asks for: one that is not the policy loads nothing else."""
-        return self.model
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where models belong."""
-        return cast(torch.device, processes().device)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        return load_tokenizer(self.model_config)
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The model, frozen, with the head that scores tokens."""
-        return self.load_model(self.model_config)
-
-    def load_model(self, config: Pretrained) -> PreTrainedModel:
-        """A frozen model with the head that scores tokens."""
-        model = load_copy(config)
-        add_log_prob_head(model)
-        return cast(Any, model).to(self.device)
 
     @cached_property
     def scorer(self) -> GivenScorer:
         """The stage's sources, ready to score."""
         return self.scorer_of(self.stage.rewards)
-
-    def scorer_of(self, configs: Sequence[SourceConfig]) -> GivenScorer:
-        """Some sources, ready to score."""
-        built = [config.build(self._build_context) for config in configs]
-        return GivenScorer(
-            cast(nn.Module, self.model), self.tokenizer, configs, built, batch_size=self.stage.batch_size
-        )
-
-    def judge(self, config: JudgeConfig) -> Judge:
-        """A judge."""
-        return config.build(cast(Any, self))  # which has all that `PolicyContext` asks for
-
-    @property
-    def _build_context(self) -> BuildContext:
-        return BuildContext(self.model, self.model_config, 1.0, self.device, self._functions, self.tokenizer)
 
     def score(self, rows: Sequence[Row]) -> Scored:
         """What the stage's sources say of completions."""
@@ -148,7 +87,7 @@ class EvalContext:
         set_seed((self.seed * 1_000_003 + seed) % 2**32)
         reader = tokenizer or self.tokenizer
         ids = generate_ids(
-            cast(nn.Module, self.model if model is None else model),
+            cast(nn.Module, self.policy if model is None else model),
             reader,
             prompts,
             max_new_tokens=max_new_tokens,

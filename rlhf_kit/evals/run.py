@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_kit import __version__
+from rlhf_kit.data.files import write_whole
 from rlhf_kit.data.load import Sampler
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.audit import Audit, input_files
 from rlhf_kit.evals.base import EvaluationConfig
-from rlhf_kit.evals.context import EvalContext, Progress
+from rlhf_kit.evals.context import EvalContext
 from rlhf_kit.evals.fingerprint import config_fingerprint
+from rlhf_kit.evals.policy import Progress
 from rlhf_kit.evals.stage import Eval
 
 EVALS_FOLDER = "evals"
@@ -52,9 +53,7 @@ def run_eval(
                 raise RunError(f"evals.{name}: {error}") from error
             content = {"name": name, "type": evaluation.type, "fingerprint": key, **result.to_json()}
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, json.dumps(content, indent=1))
         figures[name] = content["figures"]
     _forget_others(folder / EVALS_FOLDER, stage)
     return {"evals": figures}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit.spans import segment, step_ids, token_offsets
-from rlhf_kit.data.messages import completion_messages, completion_text
+from rlhf_kit.data.messages import completion_like
 from rlhf_kit.data.outcomes import collate_outcomes, encode_row
 from rlhf_kit.models.scorer import rollout_outputs
 from rlhf_kit.rewards.config import SourceConfig
@@ -227,7 +227,7 @@ def given_rollout(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, devic
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in NOT_COLUMNS}
     return Rollout(
         prompts=[row["prompt"] for row in rows],
-        completions=[_like(row["prompt"], row["completion"]) for row in rows],
+        completions=[completion_like(row["prompt"], row["completion"]) for row in rows],
         prompt_ids=batch["prompt_ids"],
         prompt_mask=batch["prompt_mask"],
         completion_ids=batch["completion_ids"],
@@ -238,11 +238,6 @@ def given_rollout(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, devic
         columns=columns,
         micro_batch_size=len(rows),
     )
-
-
-def _like(prompt: Any, completion: Any) -> Any:
-    """The completion in the form that the prompt has: text, or messages."""
-    return completion_text(completion) if isinstance(prompt, str) else completion_messages(completion)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -17,6 +17,7 @@ from rlhf_kit.evals.win_rate import WinRate
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards import RewardConfig
+from rlhf_kit.rewards.config import source_problems
 
 EvalConfig = Annotated[
     PreferenceAccuracy | FirstError | BestOfN | WinRate | Calibration | Audit, Field(discriminator="type")
@@ -43,17 +44,7 @@ class Eval(Config):
         """What cannot work, said before anything is loaded; paths start at the stage."""
         if self.model is not None and self.model.peft is not None:
             yield Problem("model.peft", "adds an adapter to train, and nothing trains here", remedy="remove it")
-        names: dict[str, int] = {}
-        for index, source in enumerate(self.rewards):
-            path, name = f"rewards.{index}", source.source_name
-            if name in names:
-                twice = f"has the same name as rewards.{names[name]}"
-                yield Problem(f"{path}.name", twice, name, "give one of them another name")
-            if name == "sum":
-                yield Problem(f"{path}.name", "is what the sum of all sources is called", name, "give it another name")
-            names.setdefault(name, index)
-            if self.model is not None:
-                yield from (problem.under(path) for problem in source.problems(self.model, self.rewards))
+        yield from source_problems(self.rewards, self.model, {"sum": "what the sum of all sources is called"})
         for name, evaluation in self.evals.items():
             path = f"evals.{name}"
             if evaluation.runs_model and self.model is None:

@@ -16,6 +16,7 @@ from rlhf_kit.pairs.sampled import Sampled
 from rlhf_kit.pairs.selection import SelectConfig
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards import RewardConfig
+from rlhf_kit.rewards.config import source_problems
 
 OPTIONAL = {"model": "model: {path: ...}", "rewards": "rewards", "select": "select: {type: best_worst}"}
 
@@ -93,17 +94,11 @@ class Pairs(Config):
                 yield Problem(field, f"is never used by builder {builder.type}", remedy="remove it")
 
     def _rewards(self) -> Iterator[Problem]:
-        names: dict[str, int] = {}
+        yield from source_problems(self.rewards, self.model, {})
         for index, source in enumerate(self.rewards):
-            path, name = f"rewards.{index}", source.source_name
-            if name in names:
-                twice = f"has the same name as rewards.{names[name]}"
-                yield Problem(f"{path}.name", twice, name, "give one of them another name")
-            names.setdefault(name, index)
+            path = f"rewards.{index}"
             if source.learning is not None:
                 yield Problem(f"{path}.online", "learns in a trainer, and nothing trains here", remedy="remove it")
             if getattr(source, "reference", None) == "ema":
                 what = "is an average over training, and nothing trains here"
                 yield Problem(f"{path}.reference", what, "ema", "write behaviour or initial")
-            if self.model is not None:
-                yield from (problem.under(path) for problem in source.problems(self.model, self.rewards))

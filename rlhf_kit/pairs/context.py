@@ -6,26 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kit.evals.fingerprint import config_fingerprint
+from rlhf_kit.evals.policy import FrozenPolicy
 from rlhf_kit.evals.scoring import GivenScorer
-from rlhf_kit.judges.base import Judge
-from rlhf_kit.judges.config import JudgeConfig
-from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import eos_token_ids
-from rlhf_kit.models.loading import load_copy, load_tokenizer
-from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.pairs.sampling import VllmSampler, sample_with_model
-from rlhf_kit.processes import processes
-from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rollout import Text
 
 
-class PairsContext:
+class PairsContext(FrozenPolicy):
     """The model, the sources and the judges of a `pairs` stage, whole in this process.
 
     Args:
@@ -42,45 +34,15 @@ class PairsContext:
         recipe: str = "",
         functions: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
+        super().__init__(stage.model, stage.batch_size, functions)
         self.stage = stage
         self.seed = seed
         self._recipe = recipe
-        self._functions = functions or {}
-
-    @property
-    def policy_config(self) -> Pretrained:
-        """Where the model is."""
-        assert self.stage.model is not None, "`Pairs.problems` refuses a stage whose builder needs one"
-        return self.stage.model
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where models belong."""
-        return cast(torch.device, processes().device)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        return load_tokenizer(self.policy_config)
-
-    @cached_property
-    def policy(self) -> PreTrainedModel:
-        """The model, frozen, with the head that scores tokens."""
-        model = load_copy(self.policy_config)
-        add_log_prob_head(model)
-        return cast(Any, model).to(self.device)
 
     @cached_property
     def scorer(self) -> GivenScorer:
-        """The stage's reward sources, ready to score rows of `prompt` and `completion`."""
-        context = BuildContext(self.policy, self.policy_config, 1.0, self.device, self._functions, self.tokenizer)
-        sources = [config.build(context) for config in self.stage.rewards]
-        model = cast(nn.Module, self.policy)
-        return GivenScorer(model, self.tokenizer, self.stage.rewards, sources, batch_size=self.stage.batch_size)
-
-    def judge(self, config: JudgeConfig) -> Judge:
-        """A judge."""
-        return config.build(cast(Any, self))  # which has all that `PolicyContext` asks for
+        """The stage's reward sources."""
+        return self.scorer_of(self.stage.rewards)
 
     def sample(self, prompts: Sequence[Text]) -> list[list[int]]:
         """The ids of one completion for each prompt, as `generation` says, all in one batch."""

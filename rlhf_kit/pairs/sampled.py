@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from rlhf_kit.data.messages import completion_like
 from rlhf_kit.errors import RunError
 from rlhf_kit.pairs.builder import COMPLETIONS, PAIRED, SFT, UNPAIRED, Builder, BuilderBase, Built, Row
 from rlhf_kit.pairs.selection import PairSelection, Threshold
@@ -60,7 +61,7 @@ class SampledPairs(Builder):
         ids = context.sample([row["prompt"] for row in repeated])
         texts = context.texts(ids)
         sampled = [
-            {**row, "completion": _said(row["prompt"], text), "completion_ids": own}
+            {**row, "completion": completion_like(row["prompt"], text), "completion_ids": own}
             for row, text, own in zip(repeated, texts, ids, strict=True)
         ]
         scored = context.scorer(sampled).sources
@@ -127,13 +128,6 @@ class SampledPairs(Builder):
         kept = ("prompt", "completion", "prompt_index", "score", "completion_ids", "length")
         rows = [{name: scored[place][name] for name in kept} for place in places]
         return {SFT: with_lineage(rows, self.context.lineage)}, {"rows": len(rows)}
-
-
-def _said(prompt: Any, text: str) -> Any:
-    """A completion in the form of its prompt: text, or messages."""
-    from rlhf_kit.data.messages import completion_messages
-
-    return text if isinstance(prompt, str) else completion_messages(text)
 
 
 def _check_complete(rows: Sequence[Row], count: int) -> None:

@@ -11,6 +11,7 @@ from transformers import set_seed
 from rlhf_kit.data.load import load_data
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.fingerprint import config_fingerprint
+from rlhf_kit.evals.policy import Progress
 from rlhf_kit.pairs.builder import OUTPUTS, Builder, Row
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.pairs.context import PairsContext
@@ -20,7 +21,6 @@ from rlhf_kit.processes import agreed, of_main, processes
 WORK_FOLDER, KEY_FILE = "work", "key"
 SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring runs
 
-Progress = Callable[[str], Callable[[int, int], object]]
 Chunk = tuple[int, int, list[Row]]
 
 

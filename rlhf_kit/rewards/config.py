@@ -124,3 +124,23 @@ class SourceConfig(Config):
     def build(self, context: BuildContext) -> RewardSource:
         """The source itself; torch and friends are imported here."""
         raise NotImplementedError
+
+
+def source_problems(
+    rewards: Sequence[SourceConfig], policy: Pretrained | Scratch | None, reserved: Mapping[str, str]
+) -> Iterator[Problem]:
+    """What cannot work about a stage's sources together, and of each with the policy; paths start at the stage.
+
+    `reserved` says of names that are taken what they are.
+    """
+    names: dict[str, int] = {}
+    for index, source in enumerate(rewards):
+        path, name = f"rewards.{index}", source.source_name
+        if name in names:
+            twice = f"has the same name as rewards.{names[name]}"
+            yield Problem(f"{path}.name", twice, name, "give one of them another name")
+        if name in reserved:
+            yield Problem(f"{path}.name", f"is {reserved[name]}", name, "give it another name")
+        names.setdefault(name, index)
+        if policy is not None:
+            yield from (problem.under(path) for problem in source.problems(policy, rewards))

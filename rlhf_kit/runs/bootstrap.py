@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rlhf_kit.config import Config
+from rlhf_kit.data.files import write_whole
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.verifiers import verify
 from rlhf_kit.evals.fingerprint import config_fingerprint
@@ -20,7 +21,6 @@ from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer
 from rlhf_kit.processes import of_main, processes
-from rlhf_kit.runs.manifest import write_whole
 from rlhf_kit.trainers.config import Bootstrap, HeldOutEvaluation, Stop
 from rlhf_kit.trainers.setup import StageRun
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
+from rlhf_kit.data.files import write_whole
 from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
-from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest, write_whole
+from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
 from rlhf_kit.trainers.setup import StageRun
 from rlhf_kit.world_size import launch_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.data.files import fingerprint
+from rlhf_kit.data.files import fingerprint, write_whole
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
 
@@ -28,13 +27,6 @@ def write_manifest(folder: Path, **fields: Any) -> None:
     path = folder / MANIFEST_FILE
     content = {**read_manifest(folder), **fields}
     write_whole(path, redact(json.dumps(content, indent=2, default=str)))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

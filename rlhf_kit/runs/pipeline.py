@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_kit.data.files import write_whole
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.stage import Eval
 from rlhf_kit.pairs.config import Pairs
@@ -22,7 +23,7 @@ from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.evaluations import read_evaluations, shown
 from rlhf_kit.runs.folder import RESULT_FILE, opened, record_stage
-from rlhf_kit.runs.manifest import read_manifest, write_manifest, write_whole
+from rlhf_kit.runs.manifest import read_manifest, write_manifest
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
 from rlhf_kit.runs.report import REPORT_FILE, write_report
 from rlhf_kit.runs.trackers import TENSORBOARD_FOLDER, show_samples, tracked

@@ -216,7 +216,7 @@ def test_kl_of_the_checkpoints_is_that_of_their_samples(checkpoints, stage, smal
     rows = context.load(audit.resample.data)
     start = _Start(context, audit.resample, rows)
     path = checkpoints / "checkpoints" / "checkpoint-20"
-    model = context.load_model(context.model_config.model_copy(update={"path": str(path)}))
+    model = context.load_model(context.policy_config.model_copy(update={"path": str(path)}))
     sampled = start.completions(model)
     ours, before, features = start.looks(sampled, model)
     plain = {

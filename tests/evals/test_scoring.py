@@ -128,5 +128,5 @@ def test_conversations_are_scored_behind_their_template(stage, context, talker):
 
 def test_a_model_that_sampled_stands_in_for_the_policy(stage, context, small_policy, prm):
     made = context(stage(evals=EVALS))
-    same = made.scorer.sampled_by(made.load_model(made.model_config.model_copy(update={"path": str(prm)})))
+    same = made.scorer.sampled_by(made.load_model(made.policy_config.model_copy(update={"path": str(prm)})))
     assert same(ROWS).sources["implicit_prm"].totals == pytest.approx(np.zeros(4), abs=1e-6)
