@@ -204,7 +204,7 @@ def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__)
     options.add_argument("--latency", type=float, default=0.2, help="seconds")
-    options.add_argument("--waves", type=int, default=10, help="rounds of `concurrency` questions")
+    options.add_argument("--waves", type=int, default=40, help="rounds of `concurrency` questions")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--replayed", type=int, default=4096, help="judgements")
     options.add_argument("--hidden", type=int, default=128, help="of the policy")

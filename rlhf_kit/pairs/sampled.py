@@ -40,6 +40,10 @@ class Sampled(BuilderBase):
         select, count = stage.select, stage.generation.num_generations
         if isinstance(select, PairSelection) and count < 2:
             yield Problem("generation.num_generations", "makes no pair", count, "write at least 2")
+        names = [source.source_name for source in stage.rewards]
+        if isinstance(select, PairSelection) and select.margin_of not in (None, *names):
+            remedy = f"write one of {', '.join(names)}" if names else "add it to rewards"
+            yield Problem("select.margin_of", "is no reward source of this stage", select.margin_of, remedy)
         if isinstance(select, Threshold) and select.rejected >= select.chosen:
             what = f"must lie below chosen ({select.chosen:g})"
             yield Problem("select.rejected", what, select.rejected, "write less")
@@ -108,7 +112,7 @@ class SampledPairs(Builder):
 
         stage, context = self.context.stage, self.context
         assert isinstance(stage.select, PairSelection)
-        pairs = select_pairs(_candidates(scored), stage.select, stage.round, context.seed)
+        pairs = select_pairs(_candidates(scored, stage.select.margin_of), stage.select, stage.round, context.seed)
         _refuse_nothing(pairs, stage, facts)
         paired = [_paired(scored, pair) for pair in pairs]
         means = {f"length_{side}": fmean(row[f"length_{side}"] for row in paired) for side in ("chosen", "rejected")}
@@ -140,12 +144,18 @@ def _check_complete(rows: Sequence[Row], count: int) -> None:
         )
 
 
-def _candidates(scored: Sequence[Row]) -> list[Any]:
+def _candidates(scored: Sequence[Row], margin_of: str | None = None) -> list[Any]:
     from rlhf_kit.pairs.select import Candidate
 
     names = ("score", "length", "text", "truncated")
     return [
-        Candidate(row["prompt_index"], place, **{name: row[name] for name in names}) for place, row in enumerate(scored)
+        Candidate(
+            row["prompt_index"],
+            place,
+            **{name: row[name] for name in names},
+            measure=None if margin_of is None else row[f"score.{margin_of}"],
+        )
+        for place, row in enumerate(scored)
     ]
 
 

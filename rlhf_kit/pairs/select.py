@@ -32,6 +32,7 @@ class Candidate:
         length: in tokens.
         text: what it says.
         truncated: cut off at the length limit.
+        measure: what the margin is of, where that is not the score; NaN where there is none.
     """
 
     prompt: int
@@ -40,11 +41,12 @@ class Candidate:
     length: int
     text: str
     truncated: bool
+    measure: float | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The places of two completions of one prompt, and the margin of their scores, above 0."""
+    """The places of two completions of one prompt, and their margin, which is not below 0."""
 
     chosen: int
     rejected: int
@@ -80,15 +82,21 @@ def _allowed(group: Sequence[Candidate], selection: PairSelection) -> list[Pair]
     ordered = (sorted(pair, key=lambda one: -one.score) for pair in combinations(group, 2))
     longest, widest, ratio = selection.max_length_gap, selection.max_margin, selection.max_length_ratio
     return [
-        Pair(best.place, worst.place, best.score - worst.score)
+        Pair(best.place, worst.place, margin)
         for best, worst in ordered
-        if best.score - worst.score > 0
-        and best.score - worst.score >= selection.min_margin
-        and (widest is None or best.score - worst.score <= widest)
+        if best.score > worst.score
+        and (margin := _margin(best, worst)) >= selection.min_margin  # NaN is not
+        and (widest is None or margin <= widest)
         and (longest is None or abs(best.length - worst.length) <= longest)
         and (ratio is None or max(best.length, worst.length) <= ratio * min(best.length, worst.length))
         and _reaches(best, worst, selection)
     ]
+
+
+def _margin(best: Candidate, worst: Candidate) -> float:
+    if best.measure is None or worst.measure is None:
+        return best.score - worst.score
+    return abs(best.measure - worst.measure)
 
 
 def _reaches(best: Candidate, worst: Candidate, selection: PairSelection) -> bool:

@@ -27,12 +27,15 @@ class PairSelection(Selection):
     """Fields of selections of pairs.
 
     A pair's margin is the score of its chosen completion less that of its rejected one; one without a margin is none.
-    `budget` is the number of pairs at most, or a list of it by round (the last for all later ones). `max_length_gap` is
-    in tokens, `max_length_ratio` that of the longer to the shorter.
+    With `margin_of` a pair's margin is how far apart this source's scores are, whichever is higher (before weights and
+    `length_debias`), and the whole score still says which is chosen: a source of weight 0 can so say which pairs are
+    worth a label (arXiv 2406.17312). `budget` is the number of pairs at most, or a list of it by round (the last for
+    all later ones). `max_length_gap` is in tokens, `max_length_ratio` that of the longer to the shorter.
     """
 
     min_margin: NonNegativeFloat = 0.0
     max_margin: PositiveFloat | None = None
+    margin_of: str | None = None
     max_length_gap: NonNegativeInt | None = None
     max_length_ratio: Annotated[float, Field(ge=1)] | None = None
     budget: PositiveInt | tuple[PositiveInt, ...] | None = None

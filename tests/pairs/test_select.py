@@ -117,6 +117,19 @@ def test_best_of_n_and_expert_iteration() -> None:
     assert select_completions(same, config({"type": "expert_iteration", "min_score": 1.0, "per_prompt": 1})) == [0]
 
 
+def test_margins_of_one_source_say_which_pairs_and_the_score_which_side() -> None:
+    """Scores 0, 1, 0 and 1 of one prompt; the other source says 5, 4, -3 and nan."""
+    measures = [5.0, 4.0, -3.0, math.nan]
+    rows = [
+        Candidate(0, place, score, 10, "", False, measure)
+        for place, (score, measure) in enumerate(zip([0.0, 1.0, 0.0, 1.0], measures, strict=True))
+    ]
+    small, large = (select_pairs(rows, config({"type": f"{name}_margin"})) for name in ("small", "large"))
+    assert (small, large) == ([Pair(1, 0, 1.0)], [Pair(1, 2, 7.0)])
+    assert select_pairs(rows, config({"type": "all_pairs", "min_margin": 2.0})) == [Pair(1, 2, 7.0)]
+    assert select_pairs(rows, config({"type": "all_pairs", "max_margin": 2.0})) == [Pair(1, 0, 1.0)]
+
+
 @pytest.mark.parametrize("wrong", [{"type": "best"}, {"type": "threshold"}, {"type": "best_worst", "budget": 0}])
 def test_what_no_selection_says_is_refused(wrong) -> None:
     with pytest.raises(ValueError, match=r"select|chosen|budget|type|tag"):

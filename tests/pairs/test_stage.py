@@ -60,6 +60,24 @@ def test_pairs_have_their_scores_shares_ids_and_lineage(fields, tmp_path) -> Non
     assert sum(row["label"] for row in unpaired) == sum(not row["label"] for row in unpaired) == len(pairs)
 
 
+def test_a_source_of_weight_0_can_give_the_margin(fields, tmp_path) -> None:
+    """The verifier says which is chosen, the length which pair of each prompt."""
+    verifier, length = fields["rewards"]
+    select = {"type": "small_margin", "truncated": "keep", "margin_of": "length"}
+    run_pairs(stage(fields, rewards=[verifier, {**length, "weight": 0}], select=select), tmp_path, seed=1)
+    rows, pairs = read_rows(tmp_path / "completions.parquet"), read_rows(tmp_path / "paired.parquet")
+    assert len(pairs) > 3
+    for pair in pairs:
+        group = [row for row in rows if row["prompt_index"] == pair["prompt_index"]]
+        gaps = {
+            abs(right["score.length"] - wrong["score.length"])
+            for right in group
+            for wrong in group
+            if right["score"] > wrong["score"]
+        }
+        assert pair["margin"] == min(gaps) and (pair["score_chosen"], pair["score_rejected"]) == (1, 0)
+
+
 def test_chunks_of_other_settings_are_not_taken(fields, tmp_path) -> None:
     run_pairs(stage(fields), tmp_path / "one", seed=1)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -151,6 +169,7 @@ def test_dpo_on_the_pairs_makes_the_model_right_more_often(fields, tmp_path) -> 
     ("changes", "said"),
     [
         ({"generation": {"num_generations": 1}}, "generation.num_generations: makes no pair"),
+        ({"select": {"type": "random", "margin_of": "critic"}}, "select.margin_of: is no reward source of this stage"),
         ({"select": {"type": "threshold", "chosen": 0, "rejected": 1}}, "select.rejected: must lie below chosen"),
         ({"rewards": [{"type": "implicit_prm", "online": {}}]}, "rewards.0.online"),
         (
