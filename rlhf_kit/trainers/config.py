@@ -252,6 +252,7 @@ class RoundTraining(Config):
     peft: Lora | None = None
     reference: Pretrained | None = None
     eval_data: DataConfig | None = None
+    max_length: PositiveInt | None = None
     trainer: TrainerArgs = TrainerArgs()
 
 
