@@ -5,6 +5,15 @@ To add one, write the file and name its configuration here.
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from rlhf_kit.pairs.counterfactual import Counterfactual
+from rlhf_kit.pairs.hindsight import Hindsight
 from rlhf_kit.pairs.sampled import Sampled
 
-BuilderConfig = Sampled
+BuilderConfig = Annotated[
+    Sampled | Counterfactual | Hindsight,
+    Field(discriminator="type"),
+]
