@@ -30,7 +30,7 @@ def _paths(content: Any, key: str = "") -> Iterator[str]:
     """Every text in a field that may name a file or model."""
     if isinstance(content, Mapping):
         for name, value in content.items():
-            yield from _paths(value, str(name))
+            yield from _paths(value, "prompt" if key == "prompts" else str(name))
     elif isinstance(content, list):
         for value in content:
             yield from _paths(value, key)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_kit.judges.base import lead
+
 Winner = Literal["win", "loss", "tie"]
 
 
@@ -39,6 +41,16 @@ class Compared:
     def consistent(self) -> bool:
         """Whether the two orders prefer the same completion."""
         return self.winner != "tie"
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether both orders prefer what stands in the same place."""
+        return self.ours_first * self.theirs_first > 0
+
+    @property
+    def probability(self) -> float:
+        """The probability that ours is the better one, the mean over both orders."""
+        return (1 + lead(self.ours_first) - lead(self.theirs_first)) / 2
 
     @property
     def points(self) -> float:

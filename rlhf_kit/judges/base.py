@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class Answer:
     text: str = ""
     log_probs: Sequence[float] = ()
     error: str | None = None
+
+
+def lead(log_odds: float) -> float:
+    """`sigmoid(x) - 1/2 = tanh(x / 2) / 2`, which is exactly odd and cannot overflow."""
+    return math.tanh(log_odds / 2) / 2
 
 
 def cut_answer(text: str, question: Question) -> Answer:

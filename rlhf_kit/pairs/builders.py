@@ -9,11 +9,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf_kit.pairs.counterfactual import Counterfactual
 from rlhf_kit.pairs.hindsight import Hindsight
 from rlhf_kit.pairs.sampled import Sampled
 
 BuilderConfig = Annotated[
-    Sampled | Counterfactual | Hindsight,
+    Sampled | Hindsight,
     Field(discriminator="type"),
 ]

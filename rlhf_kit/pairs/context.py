@@ -8,10 +8,12 @@ from typing import Any, cast
 
 from torch import nn
 
+from rlhf_kit.data.messages import completion_like, completion_text
 from rlhf_kit.evals.fingerprint import config_fingerprint
 from rlhf_kit.evals.policy import FrozenPolicy
 from rlhf_kit.evals.scoring import GivenScorer
 from rlhf_kit.models.generation import eos_token_ids
+from rlhf_kit.pairs.builder import Row
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.pairs.sampling import VllmSampler, sample_with_model
 from rlhf_kit.rollout import Text
@@ -49,6 +51,21 @@ class PairsContext(FrozenPolicy):
         if self.stage.generation.use_vllm:
             return self._vllm(prompts)
         return sample_with_model(cast(nn.Module, self.policy), self.tokenizer, prompts, self.stage.generation)
+
+    def complete(self, prompts: Sequence[Row]) -> list[Row]:
+        """`num_generations` rows for each prompt, with a `completion` that was sampled and its `completion_ids`."""
+        repeated = [row for row in prompts for _ in range(self.stage.generation.num_generations)]
+        ids = self.sample([row["prompt"] for row in repeated])
+        return [
+            {**row, "completion": completion_like(row["prompt"], text), "completion_ids": own}
+            for row, text, own in zip(repeated, self.texts(ids), ids, strict=True)
+        ]
+
+    def facts(self, row: Row) -> Row:
+        """The `text` of a row's sampled completion, its `length` in tokens, and whether it was cut off."""
+        ids = row["completion_ids"]
+        cut = not self.ends.intersection(ids[-1:])
+        return {"text": completion_text(row["completion"]), "length": len(ids), "truncated": cut}
 
     @cached_property
     def _vllm(self) -> VllmSampler:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rlhf_kit.data.messages import completion_like
 from rlhf_kit.errors import RunError
 from rlhf_kit.pairs.builder import COMPLETIONS, PAIRED, SFT, UNPAIRED, Builder, BuilderBase, Built, Row
 from rlhf_kit.pairs.selection import PairSelection, Threshold
@@ -61,20 +60,12 @@ class SampledPairs(Builder):
     def build_rows(self, prompts: Sequence[Row], first: int) -> list[Row]:
         """A row for each completion, with the `score` and the `status` of every source; NaN is no judgement."""
         context, count = self.context, self.context.stage.generation.num_generations
-        repeated = [row for row in prompts for _ in range(count)]
-        ids = context.sample([row["prompt"] for row in repeated])
-        texts = context.texts(ids)
-        sampled = [
-            {**row, "completion": completion_like(row["prompt"], text), "completion_ids": own}
-            for row, text, own in zip(repeated, texts, ids, strict=True)
-        ]
+        sampled = context.complete(prompts)
         scored = context.scorer(sampled).sources
         sources = {config.source_name: scored[config.source_name] for config in context.stage.rewards}
         found = []
-        for place, (row, text) in enumerate(zip(sampled, texts, strict=True)):
-            own = row["completion_ids"]
-            facts: Row = {"prompt_index": first + place // count, "text": text, "length": len(own)}
-            facts["truncated"] = not context.ends.intersection(own[-1:])
+        for place, row in enumerate(sampled):
+            facts: Row = {"prompt_index": first + place // count, **context.facts(row)}
             facts["outcome"] = self._outcome(sources, place)
             facts |= {f"score.{name}": float(of.totals[place]) for name, of in sources.items()}
             facts |= {f"status.{name}": int(of.status[place]) for name, of in sources.items()}

@@ -55,13 +55,12 @@ def judge_files(judge: JudgeConfig) -> Iterator[tuple[str, str, bool]]:
     return ((f"judge.{field}", value, is_model) for field, value, is_model in judge.files())
 
 
-def prompt_problems(path: str | None, placeholders: Sequence[str]) -> Iterator[Problem]:
-    """What is wrong with a prompt file of the recipe's own."""
+def prompt_problems(path: str | None, placeholders: Sequence[str], field: str = "prompt") -> Iterator[Problem]:
+    """What is wrong with a prompt file of the recipe's own, which `field` names."""
     if path is None:
         return
     try:
         fill(read_prompt(path, PROMPTS, ""), **dict.fromkeys(placeholders, ""))
     except (OSError, ValueError) as error:
-        yield Problem(
-            "prompt", str(error), path, "the placeholders are " + ", ".join(f"{{{{{p}}}}}" for p in placeholders)
-        )
+        remedy = "the placeholders are " + ", ".join(f"{{{{{p}}}}}" for p in placeholders)
+        yield Problem(field, str(error), path, remedy)

@@ -11,57 +11,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from rlhf_kit.config import Config, Location
 from rlhf_kit.judges.base import Judge
-from rlhf_kit.judges.config import JudgeConfig
-from rlhf_kit.judges.prompts import fill, read_prompt
 from rlhf_kit.models.config import Pretrained, Scratch
 from rlhf_kit.problems import Problem
-from rlhf_kit.rewards.asking import PROMPTS
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
+from rlhf_kit.rewards.simulation import Simulation
 from rlhf_kit.rollout import RewardSource, Rollout, Text, TokenRewards
 
 if TYPE_CHECKING:
     from rlhf_kit.rewards.simulated_user import Lived, Scene, User
 
-MOST_DECISIONS = 26
 
-
-class HindsightPrompts(Config):
-    """Files in the place of the source's own prompts.
-
-    They hold `{{dialogue}}` and `{{decisions}}` (decision), `{{dialogue}}` and `{{decision}}` (outcome), the same and
-    `{{outcome}}` (rating), `{{first}}` and `{{second}}` (preference).
-    """
-
-    decision: Location | None = None
-    outcome: Location | None = None
-    rating: Location | None = None
-    preference: Location | None = None
-
-
-class HindsightConfig(SourceConfig):
+class HindsightConfig(Simulation, SourceConfig):
     """Feedback of a simulated user in the light of what came of it, scaled to [-1, 1], on the last action token.
 
-    `mode` says what the user knows by then: `none` (immediate feedback), `partial` (the outcome of its own decision)
-    or `oracle` (that of every decision it could have taken). A `rating` from 1 to 5 is scaled to `(rating - 3) / 2`; a
-    `preference` is `2 P(preferred) - 1`, the mean over the other completions of the same prompt on this process.
-    `judge` is the user: the marketplace's `rule`, or a language model. `world` says what comes of a decision: the
-    marketplace's truth (`rule`), the `judge` itself, or another model, as in the paper the policy. Users other than the
-    rule's may meet any dialogue: their choices are the row's column `options`, or else `decisions`.
+    What the user knows by then, who it is and what it may do says `Simulation`. A `rating` from 1 to 5 is scaled to
+    `(rating - 3) / 2`; a `preference` is `2 P(preferred) - 1`, the mean over the other completions of the same prompt
+    on this process.
     """
 
     type: Literal["hindsight"]
-    mode: Literal["none", "partial", "oracle"] = "partial"
     feedback: Literal["rating", "preference"] = "rating"
-    judge: Literal["rule"] | JudgeConfig = "rule"
-    world: Literal["rule", "judge"] | JudgeConfig = "rule"
-    decisions: Annotated[tuple[str, ...], Field(max_length=MOST_DECISIONS)] = ()
-    prompts: HindsightPrompts = HindsightPrompts()
 
     @property
     def kind(self) -> Literal["outcome", "process"]:
@@ -69,66 +41,19 @@ class HindsightConfig(SourceConfig):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        from rlhf_kit.data.marketplace import Market
+        return self.user_columns
 
-        return tuple(Market.__dataclass_fields__) if self.judge == "rule" else ()
+    @property
+    def feedback_choices(self) -> tuple[str, ...]:
+        from rlhf_kit.rewards.simulated_user import RATINGS
+
+        return RATINGS if self.feedback == "rating" else super().feedback_choices
 
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
-        if self.judge == "rule" and self.world != "rule":
-            what = "is asked by nobody: the rule-based customer is shown the marketplace's truth"
-            yield Problem("world", what, remedy="write world: rule, or name a judge")
-        if len(self.decisions) == 1 or len(set(self.decisions)) < len(self.decisions):
-            yield Problem("decisions", "are two different things at least", self.decisions, "name what the user may do")
-        for name in ("judge", "world"):
-            check = getattr(getattr(self, name), "problems", None)
-            if check is not None:
-                yield from (problem.under(name) for problem in check())
-        yield from self._prompt_problems()
-
-    def _prompt_problems(self) -> Iterator[Problem]:
-        from rlhf_kit.rewards.simulated_user import PLACEHOLDERS
-
-        for name, path in self.prompts:
-            if path is None:
-                continue
-            try:
-                fill(read_prompt(path, PROMPTS, ""), **dict.fromkeys(PLACEHOLDERS[name], ""))
-            except (OSError, ValueError) as error:
-                yield Problem(f"prompts.{name}", str(error), path)
-
-    def files(self) -> Iterator[tuple[str, str, bool]]:
-        for name, path in self.prompts:
-            if path is not None:
-                yield f"prompts.{name}", path, False
-        for name in ("judge", "world"):
-            config = getattr(self, name)
-            if not isinstance(config, str):
-                yield from ((f"{name}.{field}", value, is_model) for field, value, is_model in config.files())
+        return self.simulation_problems()
 
     def build(self, context: BuildContext) -> Hindsight:
         return Hindsight(self, self.user(context))
-
-    def user(self, context: BuildContext) -> User:
-        """The simulated user; loads the models of judge and world.
-
-        Raises:
-            ValueError: the first token of an answer of a judge in this process does not tell the answers apart.
-        """
-        from rlhf_kit.rewards.simulated_user import PLACEHOLDERS, RATINGS, JudgeUser, RuleUser
-
-        if self.judge == "rule":
-            return RuleUser()
-        judge = self.judge.build(context)
-        judge.check_choices(("A", "B"))  # how many decisions there are is known by the data alone
-        if self.feedback == "rating":
-            judge.check_choices(RATINGS)
-        if self.world == "judge":
-            world = judge
-        else:
-            world = None if self.world == "rule" else self.world.build(context)
-        own = dict(self.prompts)
-        prompts = {name: read_prompt(own[name], PROMPTS, f"hindsight_{name}.txt") for name in PLACEHOLDERS}
-        return JudgeUser(judge, world, prompts)
 
 
 class Hindsight(RewardSource):
@@ -179,30 +104,9 @@ class Hindsight(RewardSource):
         return lambda: dict(zip(scenes, finish(), strict=True))
 
     def _scene(self, rollout: Rollout, row: int) -> Scene | None:
-        from rlhf_kit.data.marketplace import market_of
-        from rlhf_kit.data.messages import completion_text
-        from rlhf_kit.rewards.simulated_user import Scene, market_scene
-
-        completion = completion_text(rollout.completions[row])
         columns = {name: values[row] for name, values in rollout.columns.items()}
-        market = market_of(columns)
-        if market is not None:
-            return market_scene(rollout.prompts[row], completion, market)
-        decisions = tuple(self._options(columns.get("options"), row) or self._config.decisions)
-        needs_truth = self._config.judge == "rule" or (self._config.world == "rule" and self._config.mode != "none")
-        if needs_truth or not 2 <= len(decisions) <= MOST_DECISIONS:
-            return None
-        return Scene(rollout.prompts[row], completion, decisions)
-
-    def _options(self, options: object, row: int) -> list[str]:
-        if options is None:
-            return []
-        if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
-            raise ValueError(
-                f"'{self.name}' reads what the user may do from the column 'options', and row {row + 1} of the rollout "
-                f"holds {options!r} there: give a list of texts"
-            )
-        return list(options)
+        where = f"row {row + 1} of the rollout"
+        return self._config.scene(rollout.prompts[row], rollout.completions[row], columns, where)
 
     def _ratings(self, lived: dict[int, Lived]) -> dict[int, float]:
         ratings = self._user.rate(list(lived.values()))

@@ -22,8 +22,9 @@ from rlhf_kit.data.customer import (
 )
 from rlhf_kit.data.marketplace import Market
 from rlhf_kit.data.messages import completion_messages, dialogue_text, prompt_messages
-from rlhf_kit.judges.base import Answer, Judge, Question
+from rlhf_kit.judges.base import Answer, Judge, Question, lead
 from rlhf_kit.judges.prompts import fenced, fill
+from rlhf_kit.rewards.simulation import PREFERENCES
 from rlhf_kit.rollout import Text
 
 RATINGS = ("1", "2", "3", "4", "5")
@@ -107,8 +108,12 @@ class User(ABC):
         """A rating from 1 to 5 of each."""
 
     @abstractmethod
+    def compare(self, pairs: Sequence[tuple[Lived, Lived]]) -> list[tuple[float, float] | None]:
+        """The log-odds that what is shown first is preferred: the first of a pair shown first, and the second."""
+
     def prefer(self, pairs: Sequence[tuple[Lived, Lived]]) -> list[float | None]:
-        """The probability that the first of each pair is preferred."""
+        """The probability that the first of each pair is preferred, the mean over both orders."""
+        return [None if odds is None else (1 + lead(odds[0]) - lead(odds[1])) / 2 for odds in self.compare(pairs)]
 
     def metrics(self) -> dict[str, float]:
         """What is worth logging since this was asked last."""
@@ -137,9 +142,10 @@ class RuleUser(User):
     def rate(self, lived: Sequence[Lived]) -> list[float | None]:
         return [3 + 2 * _satisfaction(one) for one in lived]
 
-    def prefer(self, pairs: Sequence[tuple[Lived, Lived]]) -> list[float | None]:
+    def compare(self, pairs: Sequence[tuple[Lived, Lived]]) -> list[tuple[float, float] | None]:
         gaps = [_satisfaction(first) - _satisfaction(second) for first, second in pairs]
-        return [0.5 if gap == 0 else float(gap > 0) for gap in gaps]
+        odds = [math.copysign(math.inf, gap) if gap else 0.0 for gap in gaps]
+        return [(own, -own) for own in odds]
 
 
 def _satisfaction(lived: Lived) -> float:
@@ -202,21 +208,21 @@ class JudgeUser(User):
         given = [_probabilities(answer) for answer in self.judge.ask(questions)()]
         return [None if p is None else sum(k * share for k, share in enumerate(p, 1)) for p in given]
 
-    def prefer(self, pairs: Sequence[tuple[Lived, Lived]]) -> list[float | None]:
+    def compare(self, pairs: Sequence[tuple[Lived, Lived]]) -> list[tuple[float, float] | None]:
         orders = [order for first, second in pairs for order in ((first, second), (second, first))]
         questions = [
-            self._question("preference", ("1", "2"), first=_story(first), second=_story(second))
+            self._question("preference", PREFERENCES, first=_story(first), second=_story(second))
             for first, second in orders
         ]
-        given = [_probabilities(answer) for answer in self.judge.ask(questions)()]
-        preferred: list[float | None] = []
+        given = [_log_odds(answer) for answer in self.judge.ask(questions)()]
+        compared: list[tuple[float, float] | None] = []
         for straight, swapped in zip(given[::2], given[1::2], strict=True):
             if straight is None or swapped is None:
-                preferred.append(None)
+                compared.append(None)
                 continue
-            self._bias.append(straight[0] - swapped[1])
-            preferred.append((straight[0] + swapped[1]) / 2)
-        return preferred
+            self._bias.append(lead(straight) + lead(swapped))
+            compared.append((straight, swapped))
+        return compared
 
     def metrics(self) -> dict[str, float]:
         """`position_bias`: how much likelier the judge is to choose what stands first."""
@@ -293,6 +299,11 @@ def _probabilities(answer: Answer) -> list[float] | None:
     highest = max(answer.log_probs)
     weights = [math.exp(value - highest) for value in answer.log_probs]
     return [weight / sum(weights) for weight in weights]
+
+
+def _log_odds(answer: Answer) -> float | None:
+    """The log-odds of the first of two choices; None where the judge failed."""
+    return None if _probabilities(answer) is None else answer.log_probs[0] - answer.log_probs[1]
 
 
 def _told(outcome: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from rlhf_kit.config import Location
 from rlhf_kit.data.messages import dialogue_text
-from rlhf_kit.judges.base import Answer, Judge, Question
+from rlhf_kit.judges.base import Answer, Judge, Question, lead
 from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.prompts import fenced, fill, read_prompt
 from rlhf_kit.models.config import Pretrained, Scratch
@@ -170,6 +170,6 @@ class YesNo(TextSource):
 
 
 def margin_of(answer: Answer) -> float:
-    """`sigmoid(l_yes - l_no) - 1/2 = tanh((l_yes - l_no) / 2) / 2`, which is exactly odd and cannot overflow."""
+    """`sigmoid(l_yes - l_no) - 1/2`."""
     yes, no = answer.log_probs
-    return math.tanh((yes - no) / 2) / 2
+    return lead(yes - no)

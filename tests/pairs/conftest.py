@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_kit.trainers.config import StageConfig
 
+from ..judges.conftest import serve as serve
 from ..sums import save_policy_of_sums
 
 
