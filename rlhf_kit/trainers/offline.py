@@ -28,7 +28,7 @@ from rlhf_kit.trainers.config import Preference, Reward
 from rlhf_kit.trainers.objective_trainer import ObjectiveTrainer
 from rlhf_kit.trainers.sampling import sample_completions
 from rlhf_kit.trainers.setup import StageRun, build_args
-from rlhf_kit.trainers.trl_compat import EncodedDpoTrainer, EncodedKtoTrainer
+from rlhf_kit.trainers.trl_offline import EncodedDpoTrainer, EncodedKtoTrainer
 
 Encode = Callable[[DataConfig], Dataset]
 

@@ -1,4 +1,4 @@
-"""The one place that touches TRL's and transformers' private names.
+"""TRL's GRPOTrainer with hooks. Only the modules `trl_*` touch TRL's and transformers' private names.
 
 `CreditTrainer` is TRL's GRPOTrainer with four public hooks in place of its scalar rewards. TRL's loss takes
 advantages of shape (B, T) from a subclass; everything else of GRPOTrainer (generation, vLLM, tools, the fused head,
@@ -7,26 +7,24 @@ PEFT, DeepSpeed) stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from rlhf_kit.models.zero3 import whole
 from rlhf_kit.rollout import Text
 from rlhf_kit.trainers.checkpoints import disown
-from rlhf_kit.trainers.export import KIT_MODULES, without_kit_modules
+from rlhf_kit.trainers.export import without_kit_modules
+from rlhf_kit.trainers.trl_vllm import leave_out_kit_modules
 
 PROGRESS_FILE = "progress-{rank}.pt"
 Batch = dict[str, Any]
@@ -361,33 +359,6 @@ class CreditTrainer(GRPOTrainer):
         return self._step % (steps * self.num_iterations) < steps
 
 
-def leave_out_kit_modules(generation: Any) -> None:
-    """Let TRL's vLLM client send the policy alone: vLLM's model has neither a critic nor a PRM."""
-    named_parameters = generation._iter_named_params
-
-    def of_the_policy() -> Iterator[tuple[str, Tensor]]:
-        with base_kept(generation.model):
-            yield from ((name, value) for name, value in named_parameters() if not KIT_MODULES.match(name))
-
-    generation._iter_named_params = of_the_policy
-
-
-@contextmanager
-def base_kept(model: nn.Module) -> Iterator[None]:
-    """The base weights below LoRA adapters as they were, bit for bit, once adapters have been merged and unmerged.
-
-    Adding and subtracting in 16 bits leaves rounding errors, and reference and PRM share the base. (Under ZeRO-3 what
-    is merged is a copy.)
-    """
-    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    weights = [weight for layer in layers for weight in layer.parameters() if weight.dtype != torch.float32]
-    before = [weight.detach().to("cpu", copy=True) for weight in weights]
-    yield
-    with torch.no_grad():
-        for weight, value in zip(weights, before, strict=True):
-            weight.copy_(value)
-
-
 def _placeholder(name: str) -> Callable[..., list[float]]:
     """A reward function of that name; TRL wants one per reward to name its metrics."""
 
@@ -404,35 +375,3 @@ def _unpadded(ids: list[int], pad: int, ended_by_stop_string: Callable[[list[int
     while end > 1 and ids[end - 1] == pad:
         end -= 1
     return ids[:end] if ended_by_stop_string(ids[:end]) else ids
-
-
-class EncodedDpoTrainer(DPOTrainer):
-    """DPOTrainer on rows of `prompt_ids, chosen_ids, rejected_ids`.
-
-    TRL's own encoding joins prompt and completion as text first, so that tokens may merge across the border and are not
-    those that were sampled.
-    """
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return _with_room(dataset, args)
-
-
-class EncodedKtoTrainer(KTOTrainer):
-    """KTOTrainer on rows of `prompt_ids, completion_ids, label`; see `EncodedDpoTrainer`."""
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        dataset = _with_room(dataset, args)
-        if not self.calculate_KL:
-            return dataset
-        size, own = args.per_device_train_batch_size, dataset["completion_ids"][:]
-        batches = [own[start : start + size] for start in range(0, len(own), size)]
-        # As TRL does: each prompt of a batch with the completion of the one before it.
-        rotated = [ids for batch in batches for ids in (batch[-1], *batch[:-1])]
-        return dataset.add_column("KL_completion_ids", rotated)
-
-
-def _with_room(dataset: Any, args: Any) -> Any:
-    """Rows whose prompt alone fills `max_length` have nothing left to learn from."""
-    if args.max_length is None or getattr(args, "truncation_mode", "keep_start") != "keep_start":
-        return dataset
-    return dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)

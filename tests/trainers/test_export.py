@@ -21,7 +21,7 @@ from rlhf_kit.models.joint import add_joint_prm
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import add_log_prob_head
 from rlhf_kit.trainers.export import without_kit_modules, write_model, write_prm_record
-from rlhf_kit.trainers.trl_compat import leave_out_kit_modules
+from rlhf_kit.trainers.trl_vllm import leave_out_kit_modules
 
 REWARDS = [{"type": "verifier", "verifier": "exact"}]
 IDS = torch.tensor([[4, 5, 9, 6]])
