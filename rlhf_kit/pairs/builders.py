@@ -9,10 +9,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rlhf_kit.pairs.counterfactual import Counterfactual
 from rlhf_kit.pairs.hindsight import Hindsight
 from rlhf_kit.pairs.sampled import Sampled
 
 BuilderConfig = Annotated[
-    Sampled | Hindsight,
+    Sampled | Counterfactual | Hindsight,
     Field(discriminator="type"),
 ]
