@@ -12,8 +12,9 @@ from pydantic import Field
 from rlhf_kit.pairs.counterfactual import Counterfactual
 from rlhf_kit.pairs.hindsight import Hindsight
 from rlhf_kit.pairs.sampled import Sampled
+from rlhf_kit.pairs.self_reference import SelfReference
 
 BuilderConfig = Annotated[
-    Sampled | Counterfactual | Hindsight,
+    Sampled | Counterfactual | Hindsight | SelfReference,
     Field(discriminator="type"),
 ]

@@ -77,33 +77,36 @@ class Judged:
     Attributes:
         scores: of each; the higher one is preferred. NaN where there is none.
         dropped: why there is no preference, of `DROPPED`; "" where there is one.
-        facts: further columns of each, all that `ComparedPairs.facts_of_sides` names.
+        facts: further columns of each, which `ComparedPairs.facts_of_sides` names.
+        common: further columns of the pair, which `ComparedPairs.facts_of_pairs` names.
         first_place: how often a judge preferred what stood first, of both orders.
     """
 
     scores: tuple[float, float] = (math.nan, math.nan)
     dropped: str = ""
     facts: tuple[Row, Row] = field(default_factory=lambda: ({}, {}))
+    common: Row = field(default_factory=dict)
     first_place: float | None = None
 
 
-def judged(odds: tuple[float, float] | None, facts: tuple[Row, Row] = ({}, {})) -> Judged:
+def judged(odds: tuple[float, float] | None, facts: tuple[Row, Row], common: Row | None = None) -> Judged:
     """What a judge said in both orders: log-odds of what stands first, the first completion in front, and the second.
 
     The scores are the probabilities of being preferred, which add up to 1.
     """
     if odds is None or any(math.isnan(value) for value in odds):
-        return Judged(dropped=FAILED, facts=facts)
+        return Judged(dropped=FAILED, facts=facts, common=common or {})
     compared = Compared(*odds)
     probability = compared.probability
     dropped = CONTRADICTORY if compared.contradicts else "" if compared.consistent else TIED
-    return Judged((probability, 1 - probability), dropped, facts, compared.first_place)
+    return Judged((probability, 1 - probability), dropped, facts, common or {}, compared.first_place)
 
 
 class ComparedPairs(Builder):
     """See `Comparing`; `compare` says what is preferred."""
 
     facts_of_sides: ClassVar[tuple[str, ...]] = ()
+    facts_of_pairs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: PairsContext, config: Comparing) -> None:
         super().__init__(context)
@@ -166,6 +169,7 @@ class ComparedPairs(Builder):
         for name in ("score", "length", *self.facts_of_sides):
             row |= {f"{name}_{side}": of.get(name) for side, of in zip(SIDES, ordered, strict=True)}
         row |= {f"{side}_ids": of.get("completion_ids") for side, of in zip(SIDES, ordered, strict=True)}
+        row |= {**dict.fromkeys(self.facts_of_pairs), **found.common}
         return {**row, "first_place": found.first_place, "dropped": dropped}
 
     def finish(self, rows: Sequence[Row]) -> Built:
