@@ -27,8 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train language models with dense and implicit rewards.
 
-    A **recipe** is a YAML file. It describes one stage (`type: sft`, `reward` or `ppo`) or a pipeline of
-    named `stages` that refer to each other's outputs (`${stages.sft.model}`). Look into recipes/ for examples
+    A **recipe** is a YAML file. It describes one stage (`type: sft`, `reward`, `segment`, `pairs`,
+    `preference`, `bootstrap`, `ppo` or `eval`) or a pipeline of named `stages` that refer to each other's outputs (`${stages.sft.model}`). Look into recipes/ for examples
     to start from. A stage has a `model`, `data`, `trainer.args` (the arguments of TRL and transformers, by
     their own names), and for ppo `rewards` and `credit`. A first run:
 
@@ -148,7 +148,7 @@ def _run(recipe: Recipe, evaluations_alone: bool = False) -> None:
 
 @app.command()
 def pairs(recipe: RecipeFile, overrides: Overrides = None, config: ConfigName = None) -> None:
-    """Check a recipe with a stage of type pairs, then run it: sample, score, select, and write rows to train on.
+    """Check a recipe with a stage of type pairs, then run it, and write rows to train on.
 
     It is `train` for a recipe that makes data: the same command goes on where it was killed, without repeating or
     losing a prompt. Files are in the stage's folder: paired, unpaired (KTO), sft or completions, with every score.
