@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.config import VERIFIER_COLUMN
+from rlhf_kit.models.config import same_model
 from rlhf_kit.pairs.selection import PairSelection
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.dpo_implicit import DpoImplicitConfig
@@ -28,11 +29,16 @@ def check_bootstrap(
     if not isinstance(stage.pairs.select, PairSelection):
         remedy = "choose pairs, e.g. best_worst"
         yield Problem("pairs.select.type", "makes no pairs to learn from", stage.pairs.select.type, remedy)
-    own = (s for s in stage.pairs.rewards if isinstance(s, DpoImplicitConfig) and s.path is None)
-    if stage.reference is None and any(source.reference is None for source in own):
+    sources = (source for source in stage.pairs.rewards if isinstance(source, DpoImplicitConfig))
+    if any(source.path is None and source.reference is None for source in sources):
         remedy = "name the model that `model` was trained from"
-        yield Problem("reference", "is what the first round's implicit reward is compared with", remedy=remedy)
-        return
+        if stage.reference is None:
+            yield Problem("reference", "is what the first round's implicit reward is compared with", remedy=remedy)
+            return
+        if same_model(stage.reference, stage.model.path):
+            what = "is the model itself: the first round's implicit reward would be 0 everywhere"
+            yield Problem("reference", what, stage.reference, remedy)
+            return
     lacking = [name for name in stage.preference.objective.columns_read if name not in PAIR_COLUMNS]
     if lacking:
         what = f"learns from {', '.join(lacking)}, which pairs do not have"

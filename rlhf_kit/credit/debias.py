@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import fsum
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-BISECTIONS = 200  # halvings of the bracket: as fine as float64 is
+RESOLUTION = 2.0**-48  # of a score: what is left of float64 where equal scores must come apart
+NO_GAP = 1e-9  # of a mean of lengths: less is rounding
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,19 @@ def length_debias(scores: Sequence[float], lengths: Sequence[float], groups: Seq
     `(alpha' - alpha)(l_a - l_b) >= 0`: the best does not get longer, and by the same argument the worst not shorter. So
     bisection finds where the gap crosses 0 (the paper searches a grid). Where it jumps across, the side with the
     smaller gap is taken. Scores of one prompt share a number in `groups`; those that are not finite (failed) are left
-    out, and so are groups with fewer than two that are left.
+    out, and so are groups with fewer than two that are left. Of the best (worst) that are equal the mean length counts.
     """
     gap = _Gap(scores, lengths, groups)
     before = gap(0.0)
     if before == 0:
         return Debias(0.0, before, before)
     sign = 1.0 if before > 0 else -1.0  # what is too long is looked for at positive penalties, too short at negative
-    near, far = 0.0, gap.bound()
-    for _ in range(BISECTIONS):
+    near, far, resolution = 0.0, gap.bound(), gap.resolution()
+    while far - near > resolution:
         middle = (near + far) / 2
-        if middle in (near, far):
-            break
         near, far = (middle, far) if sign * gap(sign * middle) > 0 else (near, middle)
-    best = min((far, near), key=lambda alpha: abs(gap(sign * alpha)))
-    return Debias(sign * best, before, gap(sign * best))
+    best = min((near, far), key=lambda alpha: abs(gap(sign * alpha)))
+    return Debias(sign * best + 0.0, before, gap(sign * best))  # -0.0 is no penalty either
 
 
 class _Gap:
@@ -61,25 +62,35 @@ class _Gap:
             if torch.isfinite(torch.tensor(score)):
                 rows.setdefault(group, []).append((score, length))
         kept = [torch.tensor(group, dtype=torch.float64) for group in rows.values() if len(group) > 1]
-        widest = max(map(len, kept), default=1)
-        # Padding repeats the first row, which changes neither the best nor the worst.
-        padded = [torch.cat([group, group[:1].expand(widest - len(group), 2)]) for group in kept]
-        table = torch.stack(padded) if padded else torch.zeros(0, 1, 2, dtype=torch.float64)
-        self._scores: Float64[Tensor, "G K"] = table[..., 0]
-        self._lengths: Float64[Tensor, "G K"] = table[..., 1]
+        table = pad_sequence(kept, batch_first=True, padding_value=torch.nan) if kept else torch.zeros(0, 1, 2)
+        self._scores: Float64[Tensor, "G K"] = table[..., 0].double()
+        self._lengths: Float64[Tensor, "G K"] = table[..., 1].double()
 
     def __call__(self, alpha: float) -> float:
         if len(self._scores) == 0:
             return 0.0
         debiased = self._scores - alpha * self._lengths
-        return (self._at(debiased.argmax(dim=1)) - self._at(debiased.argmin(dim=1))).mean().item()
+        best = debiased.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
+        worst = debiased.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
+        differences = self._mean_length(debiased == best) - self._mean_length(debiased == worst)
+        gap = fsum(differences.tolist()) / len(differences)  # the same in whatever order
+        return gap if abs(gap) > NO_GAP else 0.0
 
-    def _at(self, index: Int64[Tensor, "G"]) -> Float64[Tensor, "G"]:
-        return self._lengths.gather(1, index[:, None]).squeeze(1)
+    def _mean_length(self, of: Bool[Tensor, "G K"]) -> Float64[Tensor, "G"]:
+        return self._lengths.where(of, 0.0).sum(dim=1) / of.sum(dim=1)
 
     def bound(self) -> float:
         """A penalty beyond which the shortest is best and the longest worst, in every group."""
-        spread = self._scores.amax(dim=1) - self._scores.amin(dim=1)
+        known = self._scores.isfinite()
+        highest = self._scores.where(known, -torch.inf).amax(dim=1)
+        spread = highest - self._scores.where(known, torch.inf).amin(dim=1)
+        return 2 * (spread / self._least()).max().item() + 1.0
+
+    def resolution(self) -> float:
+        """The smallest difference of penalties that parts equal scores of different lengths."""
+        return RESOLUTION * self._scores.nan_to_num(nan=0.0).abs().max().item() / self._least().min().item()
+
+    def _least(self) -> Float64[Tensor, "G"]:
+        """The smallest difference of two lengths of a group that is not 0."""
         differences = (self._lengths[:, :, None] - self._lengths[:, None, :]).abs()
-        least = differences.where(differences > 0, torch.inf).amin(dim=(1, 2))
-        return 2 * (spread / least).max().item() + 1.0
+        return differences.where(differences > 0, torch.inf).amin(dim=(1, 2))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
+
+from rlhf_kit.models.config import same_model
 
 ADAPTER_FOLDER = "adapter"
 
@@ -88,16 +90,32 @@ def load_second_adapter(model: PeftModel, name: str, folder: str) -> None:
         model.load_adapter(folder, name, peft_config=config, is_trainable=False)
 
 
-def adapter_on(model: PeftModel, path: str) -> str | None:
-    """The folder of the adapter that `path` is or holds, if it was made for this model's base; else None.
+@dataclass(frozen=True)
+class OnBase:
+    """A model as a base (a folder or hub id, and its revision) and the folder of an adapter on it; None for none."""
+
+    base: str
+    revision: str | None = None
+    adapter: str | None = None
+
+
+def on_base(path: str) -> OnBase:
+    """The model at `path` as a base and an adapter, if it is an adapter or holds one.
 
     A model that is a base with two adapters merged in keeps the second one beside its weights.
     """
-    own = str(next(iter(model.peft_config.values())).base_model_name_or_path)
     for folder in (Path(path), Path(path) / ADAPTER_FOLDER):
         if (folder / "adapter_config.json").is_file():
-            return str(folder) if PeftConfig.from_pretrained(str(folder)).base_model_name_or_path == own else None
-    return None
+            config = PeftConfig.from_pretrained(str(folder))
+            return OnBase(str(config.base_model_name_or_path), config.revision, str(folder))
+    return OnBase(path)
+
+
+def adapter_on(model: PeftModel, path: str) -> str | None:
+    """The folder of the adapter that `path` is or holds, if it was made for this model's base; else None."""
+    own = str(next(iter(model.peft_config.values())).base_model_name_or_path)
+    found = on_base(path)
+    return found.adapter if same_model(found.base, own) else None
 
 
 def _adapter_parameters(model: PeftModel, name: str) -> dict[tuple[str, str], nn.Parameter]:

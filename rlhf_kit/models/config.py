@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -60,6 +61,11 @@ class Scratch(Config):
 
 def _pretrained_by_default(value: Any) -> Any:
     return {"type": "pretrained", **value} if isinstance(value, dict) and "type" not in value else value
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two locations are one folder, however it is written, or one hub id."""
+    return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 ModelConfig = Annotated[Pretrained | Scratch, Field(discriminator="type"), BeforeValidator(_pretrained_by_default)]

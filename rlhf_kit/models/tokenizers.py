@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)
@@ -48,3 +48,13 @@ def word_level_tokenizer(vocabulary: Sequence[str], model_max_length: int = 256)
         clean_up_tokenization_spaces=False,
         model_max_length=model_max_length,
     )
+
+
+def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
+    """The lowest id that stands for other text in one tokenizer than in the other; None where there is none.
+
+    Added tokens are left out: fine-tuning gives reserved ids a name, and adds one for padding.
+    """
+    added = one.added_tokens_decoder.keys() | other.added_tokens_decoder.keys()
+    mine, yours = ({(number, token) for token, number in of.get_vocab().items()} for of in (one, other))
+    return min((number for number, _ in mine ^ yours if number not in added), default=None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveFloat
 
 from rlhf_kit.config import Config, Location
-from rlhf_kit.models.config import Pretrained, Scratch
+from rlhf_kit.models.config import Pretrained, Scratch, same_model
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rewards.implicit_prm import read_prm_record
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_kit.models.scorer import Scorer
+
+SENTENCES = Segments(by="sentence")
 
 
 class LengthPenalty(Config):
@@ -38,8 +40,10 @@ class DpoImplicitConfig(SourceConfig):
 
     `path` is pi: without it the policy as it starts. `reference` is what pi was trained from; without it, what the
     `preference` stage wrote down beside pi, or the base of an adapter. `per` says where it lies: on each token, summed
-    on the last token of each of `segments`, or on the last token of the completion. beta only scales
-    it.
+    on the last token of each of `segments` (sentences), or on the last token of the completion. beta only scales it.
+
+    In PPO the logits of both models are divided by the temperature of sampling, as the policy's are; in `pairs` and
+    `eval` they are as they come, as DPO has them.
     """
 
     type: Literal["dpo_implicit"]
@@ -47,7 +51,7 @@ class DpoImplicitConfig(SourceConfig):
     reference: Location | None = None
     beta: PositiveFloat = 1.0
     per: Literal["token", "segment", "completion"] = "token"
-    segments: Segments = Segments(by="sentence")
+    segments: Segments | None = None
     length_penalty: LengthPenalty | None = None
 
     @property
@@ -55,21 +59,34 @@ class DpoImplicitConfig(SourceConfig):
         return "outcome" if self.per == "completion" else "process"
 
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
-        yield from (problem.under("segments") for problem in self.segments.problems())
+        yield from self._segments_problems()
         if isinstance(policy, Scratch):
             remedy = "train it first, and write model.path: ${stages.NAME.model}"
             yield Problem("", "an implicit reward needs a policy with weights to start from", remedy=remedy)
         if self.path is None and self.reference is None:
             remedy = "name the model that the policy was trained from"
             yield Problem("reference", "is missing: the policy against itself rewards nothing", remedy=remedy)
-        if self.path is not None and self.path == self.reference:
-            yield Problem("reference", "is the model itself, and rewards nothing", self.reference, "name another")
         whole = (
             self.path is not None and (Path(self.path) / "config.json").is_file()
         )  # else an adapter, or not yet there
-        if whole and self.reference is None and read_prm_record(str(self.path)) is None:
+        record = read_prm_record(self.path) if self.path is not None else None
+        if whole and self.reference is None and record is None:
             remedy = "name the model that it was trained from"
             yield Problem("reference", f"is missing, and {self.path} has no record of it", remedy=remedy)
+        model = self.path or getattr(policy, "path", None)
+        reference = self.reference or (record["reference"] if record is not None else None)
+        if model is not None and reference is not None and same_model(model, reference):
+            what = "is the policy as it starts, which" if self.path is None else "is the model itself, and"
+            remedy = "name the model that it was trained from" + (", or path" if self.path is None else "")
+            yield Problem("reference", f"{what} rewards nothing", reference, remedy)
+
+    def _segments_problems(self) -> Iterator[Problem]:
+        if self.segments is None:
+            return
+        yield from (problem.under("segments") for problem in self.segments.problems())
+        if self.per != "segment":
+            remedy = "remove it, or write per: segment"
+            yield Problem("segments", f"are only for per: segment, not {self.per}", remedy=remedy)
 
     def files(self) -> Iterator[tuple[str, str, bool]]:
         for field in ("path", "reference"):
@@ -80,14 +97,19 @@ class DpoImplicitConfig(SourceConfig):
         """The source, its models beside the policy.
 
         Raises:
-            ValueError: nothing says what the model was trained from.
+            ValueError: nothing says what the model was trained from, or a model has another vocabulary than the policy.
         """
-        from rlhf_kit.rewards.scorers import scorer_of, whole_model
+        from rlhf_kit.rewards.scorers import compared_scorers, scorer_of
 
-        trained = None if self.path is None else scorer_of(self.path, self.source_name, context)
-        reference = self._reference_of()
-        own = isinstance(context.policy_config, Pretrained) and reference == context.policy_config.path
-        return DpoImplicit(self, trained, None if own else whole_model(reference, context))
+        name, start = self.source_name, getattr(context.policy_config, "path", None)
+        path, reference = (
+            None if model is None or (start is not None and same_model(model, start)) else model
+            for model in (self.path, self._reference_of())
+        )
+        if path is not None and reference is not None:
+            return DpoImplicit(self, *compared_scorers(path, reference, name, context))
+        alone = next((scorer_of(model, name, context) for model in (path, reference) if model is not None), None)
+        return DpoImplicit(self, None if path is None else alone, None if reference is None else alone)
 
     def _reference_of(self) -> str:
         if self.reference is not None:
@@ -159,9 +181,10 @@ class DpoImplicit(RewardSource):
         """The number of the segment of each action token; what lies between two segments belongs to the first."""
         from rlhf_kit.credit.spans import step_ids
 
+        segments = self._config.segments or SENTENCES
         rows: list[list[CharRange]] = []
         for row, text in enumerate(rollout.texts):
-            starts = [start for start, _ in self._config.segments.ranges(rollout, row)][1:]
+            starts = [start for start, _ in segments.ranges(rollout, row)][1:]
             borders = [0, *starts, len(text)]
             rows.append([(a, b) for a, b in pairwise(borders) if a < b])
         return step_ids(rollout.offsets, rows, rollout.action_mask)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveFloat
 
 from rlhf_kit.config import Location
-from rlhf_kit.models.config import Pretrained, Scratch
+from rlhf_kit.models.config import Pretrained, Scratch, same_model
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.config import BuildContext, Learning, SourceConfig
 from rlhf_kit.rollout import RewardSource, Rollout, TokenRewards
@@ -201,8 +201,8 @@ def _own_reference(config: ImplicitPrmConfig, context: BuildContext) -> Scorer |
     if record is None:
         return None
     path = record["reference"]
-    if isinstance(context.policy_config, Pretrained) and path == context.policy_config.path:
+    if isinstance(context.policy_config, Pretrained) and same_model(path, context.policy_config.path):
         return None
     from rlhf_kit.rewards.scorers import whole_model
 
-    return whole_model(path, context)
+    return whole_model(path, config.source_name, context)

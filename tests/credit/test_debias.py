@@ -24,7 +24,8 @@ def gap(scores, lengths, groups, alpha) -> float:
         of_group = [(s - alpha * n, n) for s, n, g in zip(scores, lengths, groups, strict=True) if g == group]
         of_group = [one for one in of_group if math.isfinite(one[0])]
         if len(of_group) > 1:
-            differences.append(max(of_group, key=lambda one: one[0])[1] - min(of_group, key=lambda one: one[0])[1])
+            best, worst = max(s for s, _ in of_group), min(s for s, _ in of_group)
+            differences.append(fmean(n for s, n in of_group if s == best) - fmean(n for s, n in of_group if s == worst))
     return fmean(differences) if differences else 0.0
 
 
@@ -62,6 +63,20 @@ def test_a_constant_changes_nothing(given_rows, constant) -> None:
     )
 
 
+@given(rows, st.randoms())
+def test_the_order_of_the_rows_changes_nothing(given_rows, order) -> None:
+    shuffled = list(given_rows)
+    order.shuffle(shuffled)
+    assert length_debias(*zip(*given_rows, strict=True)) == length_debias(*zip(*shuffled, strict=True))
+
+
+def test_of_equal_scores_the_mean_length_counts() -> None:
+    """Two are right and two are wrong: 7 and 3 tokens against 1 and 5, and so 5 against 3 on average."""
+    found = length_debias([1.0, 1.0, 0.0, 0.0], [7, 3, 1, 5], [0, 0, 0, 0])
+    assert found.gap_before == 2.0
+    assert length_debias([0.0, 0.0, 0.0], [3, 7, 1], [0, 0, 0]).gap_before == 0.0
+
+
 def test_a_hand_worked_table() -> None:
     """Two prompts. The longest is best by half a point a token; from 0.5 on it is not."""
     scores, lengths, groups = [1.0, 2.0, 3.0, 0.0, 2.0], [2, 4, 6, 3, 7], [0, 0, 0, 1, 1]
@@ -74,6 +89,12 @@ def test_a_hand_worked_table() -> None:
 def test_what_is_too_short_is_given_a_bonus() -> None:
     found = length_debias([3.0, 2.0, 1.0], [2, 3, 4], [0, 0, 0])
     assert found.gap_before == -2 and found.alpha == pytest.approx(-1.0, abs=1e-9)
+
+
+def test_no_penalty_has_no_sign() -> None:
+    """At 0 the gap is -1, at any bonus 1: nothing is better than 0, which is not -0."""
+    found = length_debias([1.0, 1.0, 0.0, 0.0], [1, 4, 3, 4], [0, 0, 0, 0])
+    assert (found.alpha, found.gap) == (0.0, -1.0) and math.copysign(1.0, found.alpha) == 1.0
 
 
 def test_failed_rows_and_single_ones_are_left_out() -> None:

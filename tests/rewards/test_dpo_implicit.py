@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from peft import PeftModel
 
 from rlhf_kit.models.adapters import adapter_parameters
-from rlhf_kit.models.config import Pretrained
-from rlhf_kit.models.loading import load_model
+from rlhf_kit.models.config import Pretrained, Scratch
+from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import add_log_prob_head, rollout_outputs
+from rlhf_kit.rewards.config import BuildContext
 from rlhf_kit.rewards.dpo_implicit import DpoImplicitConfig, new_characters
 from rlhf_kit.rollout import Rollout, Status
 
@@ -32,15 +34,30 @@ def log_probs(path: str, rollout: Rollout) -> torch.Tensor:
 
 
 @pytest.fixture
-def adapter(policy_path: str, tmp_path: Path) -> str:
-    """Folder of a LoRA adapter on the policy, with random weights."""
-    model = load_model(Pretrained.model_validate({"path": policy_path, "peft": LORA}))
-    assert isinstance(model, PeftModel)
-    torch.manual_seed(5)
-    for parameter in adapter_parameters(model, "default"):
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(str(tmp_path / "adapter"))
-    return str(tmp_path / "adapter")
+def save_adapter(tmp_path: Path) -> Callable[[str, int], str]:
+    """Folder of a LoRA adapter on a model, with the random weights of a seed."""
+
+    def save(base: str, seed: int) -> str:
+        model = load_model(Pretrained.model_validate({"path": base, "peft": LORA}))
+        assert isinstance(model, PeftModel)
+        torch.manual_seed(seed)
+        for parameter in adapter_parameters(model, "default"):
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(str(tmp_path / f"adapter{seed}"))
+        return str(tmp_path / f"adapter{seed}")
+
+    return save
+
+
+@pytest.fixture
+def adapter(save_adapter: Callable[[str, int], str], policy_path: str) -> str:
+    """Folder of a LoRA adapter on the policy."""
+    return save_adapter(policy_path, 5)
+
+
+def parameters_of(*models: torch.nn.Module) -> int:
+    """How many numbers models hold together, each counted once."""
+    return sum({id(p): p.numel() for model in models for p in model.parameters()}.values())
 
 
 @pytest.fixture
@@ -89,6 +106,38 @@ def test_an_adapter_is_compared_with_its_base_and_shares_the_policys(
         assert not any(parameter.requires_grad for parameter in adapter_parameters(built.policy, "dpo_implicit"))
 
 
+def test_two_adapters_on_the_policys_base_share_it(context, save_adapter, policy_path, rollout) -> None:
+    trained, reference = save_adapter(policy_path, 1), save_adapter(policy_path, 2)
+    built = context(peft=LORA)
+    alone = parameters_of(built.policy)
+    source = config(path=trained, reference=reference).build(built)
+    assert source.needs == frozenset()
+    ratio = log_probs(trained, rollout) - log_probs(reference, rollout)
+    torch.testing.assert_close(source.score(rollout).tokens, torch.where(rollout.action_mask, ratio, 0.0))
+    own = parameters_of(load_model(built.policy_config)) - parameters_of(load_model(Pretrained(path=policy_path)))
+    assert parameters_of(built.policy, source._trained.model, source._reference.model) == alone + 2 * own
+    assert built.policy.active_adapter == "default"  # as the trainer expects it
+
+
+@pytest.mark.parametrize("peft", [None, LORA])
+@pytest.mark.parametrize("compared_with", ["adapter", "base"])
+def test_adapters_on_a_base_of_their_own_load_it_once(
+    context, save_model, save_adapter, rollout, peft, compared_with
+) -> None:
+    base = save_model(8)
+    trained, other = save_adapter(base, 1), save_adapter(base, 2)
+    reference = other if compared_with == "adapter" else base
+    built = context(peft=peft)
+    before = parameters_of(built.policy)
+    source = config(path=trained, reference=reference).build(built)
+    assert source._trained.model is source._reference.model and parameters_of(built.policy) == before
+    ratio = log_probs(trained, rollout) - log_probs(reference, rollout)
+    assert ratio.abs().max() > 0.1
+    torch.testing.assert_close(source.score(rollout).tokens, torch.where(rollout.action_mask, ratio, 0.0))
+    backwards = config(path=reference, reference=trained).build(built).score(rollout)
+    torch.testing.assert_close(backwards.tokens, torch.where(rollout.action_mask, -ratio, 0.0))
+
+
 def test_the_record_beside_a_model_says_what_it_was_trained_from(context, save_model, rollout, tmp_path) -> None:
     trained, reference = Path(save_model(3)), save_model(4)
     assert [p.path for p in config(path=str(trained)).problems(Pretrained(path="x"), [])] == ["reference"]
@@ -116,6 +165,7 @@ def test_a_completion_or_a_segment_has_the_sum_of_its_tokens_at_its_end(context,
     torch.testing.assert_close(whole.score(texts).tokens, expected)
 
     parts = config(**models, per="segment", segments={"by": "step", "pattern": r"\. "}).build(context()).score(texts)
+    assert not torch.equal(parts.tokens, config(**models, per="segment").build(context()).score(texts).tokens)
     expected = torch.zeros(4, 3)
     expected[0, 0], expected[0, 2] = by_token[0, 0], by_token[0, 1] + by_token[0, 2]
     expected[1, 0], expected[2, 1] = by_token[1, 0], by_token[2].sum()
@@ -137,13 +187,82 @@ def test_a_character_of_several_tokens_is_counted_once(texts) -> None:
     assert new_characters(split)[0].tolist() == [1, 0, 3]
 
 
+# --- what is refused ---
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
         ({}, "reference"),
+        ({"reference": "x"}, "reference"),
+        ({"reference": "./x/"}, "reference"),
+        ({"path": "x", "reference": "x"}, "reference"),
         ({"path": "a/b", "reference": "a/b"}, "reference"),
-        ({"path": "a/b", "segments": {"pattern": "("}}, "segments.pattern"),
+        ({"path": "./a/c/../b", "reference": "a/b"}, "reference"),
+        ({"path": "a/b", "per": "segment", "segments": {"by": "step", "pattern": "("}}, "segments.pattern"),
+        ({"path": "a/b", "segments": {"by": "sentence"}}, "segments"),
+        ({"path": "a/b", "per": "completion", "segments": {"by": "sentence"}}, "segments"),
     ],
 )
 def test_what_cannot_work_is_said_beforehand(fields, path) -> None:
-    assert path in [problem.path for problem in config(**fields).problems(Pretrained(path="x"), [])]
+    assert [problem.path for problem in config(**fields).problems(Pretrained(path="x"), [])] == [path]
+
+
+def test_a_model_whose_record_names_itself_rewards_nothing(save_model) -> None:
+    trained = Path(save_model(3))
+    (trained / "prm.json").write_text(json.dumps({"beta": 0.1, "reference": str(trained)}))
+    (problem,) = config(path=str(trained)).problems(Pretrained(path="x"), [])
+    assert str(problem).startswith("reference: is the model itself, and rewards nothing")
+
+
+def test_an_adapter_may_be_compared_with_its_base_and_a_policy_with_another_model(adapter, policy_path) -> None:
+    assert list(config(path=adapter, reference=policy_path).problems(Pretrained(path=policy_path), [])) == []
+    assert list(config(reference=policy_path).problems(Pretrained(path=adapter), [])) == []
+
+
+@pytest.fixture
+def save_other(save_model, tmp_path) -> Callable[..., str]:
+    """Folder of a tiny model with other words."""
+
+    def save(*words: str) -> str:
+        scratch = Scratch(type="scratch", vocabulary=words, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        load_model(scratch).save_pretrained(tmp_path / "other")
+        load_tokenizer(scratch).save_pretrained(tmp_path / "other")
+        return str(tmp_path / "other")
+
+    return save
+
+
+def reading(context, policy_path: str) -> BuildContext:
+    """A context with the policy's tokenizer, as a stage has it."""
+    return replace(context(), tokenizer=load_tokenizer(Pretrained(path=policy_path)))
+
+
+@pytest.mark.parametrize("place", ["path", "reference"])
+@pytest.mark.parametrize("words", [("0", "1", "2", "4", "3", "="), ("0", "1", "2", "3", "4", "=", "5"), ("0", "1")])
+def test_a_model_with_another_vocabulary_is_refused(context, save_model, save_other, policy_path, place, words) -> None:
+    other = save_other(*words)
+    models = {"path": save_model(1), "reference": save_model(2), place: other}
+    with pytest.raises(ValueError, match="has another vocabulary than the policy") as error:
+        config(**models, name="helper").build(reading(context, policy_path))
+    assert all(text in str(error.value) for text in ("helper'", other, policy_path))
+
+
+def test_adapters_on_a_base_with_another_vocabulary_are_refused(context, save_other, save_adapter, policy_path) -> None:
+    trained = save_adapter(save_other("0", "1", "2", "4", "3", "="), 1)  # the adapter has no tokenizer of its own
+    with pytest.raises(ValueError, match="token 7 is '4' there and '3' here"):
+        config(path=trained).build(reading(context, policy_path))
+
+
+def test_added_tokens_may_differ_but_must_be_known_to_both(context, save_model, policy_path, rollout) -> None:
+    models = {"path": save_model(1), "reference": save_model(2)}
+    padded = load_tokenizer(Pretrained(path=models["path"]))
+    padded.add_tokens(["<other>"])
+    padded.save_pretrained(models["path"])
+    source = config(**models).build(reading(context, policy_path))
+    assert source.score(rollout).tokens.any()
+    built = reading(context, policy_path)
+    built.tokenizer.add_tokens(["<mine>"])
+    built.policy.resize_token_embeddings(len(built.tokenizer))
+    with pytest.raises(ValueError, match=r"knows 10 tokens, and the policy has 11"):
+        config(**models).build(built)

@@ -14,8 +14,9 @@ from peft import PeftModel
 from rlhf_kit.credit.implicit import log_odds
 from rlhf_kit.models.adapters import active_adapter, adapter_parameters
 from rlhf_kit.models.config import Pretrained
-from rlhf_kit.models.loading import load_model
+from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.models.scorer import add_log_prob_head, rollout_outputs
+from rlhf_kit.models.tokenizers import word_level_tokenizer
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.rollout import Status
 
@@ -62,6 +63,13 @@ def test_a_prm_of_its_own_rewards_the_log_ratio_at_the_temperature(context, save
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(source.score(behaviour).tokens, expected)
     assert source.trainable_parameters() == []
+
+
+def test_a_prm_with_another_vocabulary_is_refused(context, save_model, policy_path) -> None:
+    other, own = save_model(1), load_tokenizer(Pretrained(path=policy_path))
+    word_level_tokenizer(("0", "1", "2", "4", "3", "=")).save_pretrained(other)
+    with pytest.raises(ValueError, match=rf"'implicit_prm': {other} has another vocabulary than the policy"):
+        config(path=other).build(replace(context(), tokenizer=own))
 
 
 @pytest.mark.parametrize(("reference", "key"), [("initial", "reference"), ("behaviour", "behaviour"), ("ema", "ema")])

@@ -21,6 +21,8 @@ from rlhf_kit.runs.bootstrap import should_stop
 from rlhf_kit.runs.pipeline import run_pipeline
 from rlhf_kit.trainers.config import Stop
 
+from ..sums import save_policy_of_sums
+
 SUMS = {"type": "running_sums", "terms": 2, "modulus": 5}
 ARGS = {
     "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "max_length": 32, "logging_steps": 1,
@@ -28,8 +30,16 @@ ARGS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the model that the first round's implicit reward is compared with."""
+    folder = tmp_path_factory.mktemp("older")
+    save_policy_of_sums(folder, modulus=5, terms=2, updates=3)
+    return str(folder)
+
+
 @pytest.fixture
-def recipe(tmp_path: Path) -> Callable[..., Path]:
+def recipe(tmp_path: Path, older: str) -> Callable[..., Path]:
     """A file with two rounds from a model that has seen a little of the task; keyword arguments change the rounds."""
 
     def write(name: str = "run", **fields: Any) -> Path:
@@ -54,7 +64,7 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
         rounds = {
             "type": "bootstrap",
             "model": {"path": "${stages.sft.model}"},
-            "reference": "${stages.sft.model}",
+            "reference": older,
             "rounds": 2,
             "pairs": {
                 "data": {**SUMS, "size": 8},
@@ -88,14 +98,14 @@ def done_at(run: Path) -> dict[str, int]:
     return {str(p.parent.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("round-*/*/result.json")}
 
 
-def test_each_round_goes_on_from_the_one_before(recipe, tmp_path) -> None:
+def test_each_round_goes_on_from_the_one_before(recipe, older, tmp_path) -> None:
     results = run_pipeline(load_recipe(recipe()))["dice"]
     run = tmp_path / "runs" / "run"
     first, second = (json.loads((run / "dice" / f"round-{n}" / "preference" / "step.json").read_text()) for n in (1, 2))
     assert first["settings"]["model"]["path"] == str(run / "sft" / "model")
     assert second["settings"]["model"]["path"] == str(run / "dice" / "round-1" / "preference" / "model")
     pairs = [json.loads((run / "dice" / f"round-{n}" / "pairs" / "step.json").read_text())["settings"] for n in (1, 2)]
-    assert [step["rewards"][1]["reference"] for step in pairs] == [str(run / "sft" / "model")] * 2
+    assert [step["rewards"][1]["reference"] for step in pairs] == [older, str(run / "sft" / "model")]
     assert [step["round"] for step in pairs] == [1, 2]
     assert not same(weights(run, 1), weights(run, 2))
     assert same(load_file(run / "dice" / "model" / "model.safetensors"), weights(run))
@@ -211,6 +221,14 @@ def test_a_bootstrap_that_does_not_rise_stops_and_keeps_the_best(recipe, tmp_pat
         ({"stop": {}, "evaluation": None}, "stages.dice.stop: asks for an accuracy"),
         ({"keep": "best", "evaluation": None}, "stages.dice.keep"),
         ({"reference": None}, "stages.dice.reference: is what the first round's implicit reward"),
+        (
+            {"reference": "${stages.sft.model}"},
+            "stages.dice.reference: is the model itself: the first round's implicit",
+        ),
+        (
+            {"samples_from": "reference", "reference": "${stages.sft.model}"},
+            "stages.dice.reference: is the model itself",
+        ),
         ({"preference": {"objective": {"type": "cut"}}}, "stages.dice.preference.objective.type: learns from"),
         (
             {"preference": {"objective": {"type": "dpo"}, "trainer": {"args": {"max_stpes": 1}}}},
