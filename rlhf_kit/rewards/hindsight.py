@@ -60,8 +60,9 @@ class Hindsight(RewardSource):
     """Gives each completion the feedback of a user who has lived through what came of it.
 
     A row whose user, world or feedback failed is `FAILED`. A row without decisions (neither of the marketplace nor with
-    `options`), without a text, or without another completion to be preferred to, is not applicable; so is any other
-    than the marketplace's where its rule is the user or the world is needed.
+    `options`), or without another completion to be preferred to, is not applicable; so is any other than the
+    marketplace's where its rule is the user or the world is needed. A completion without a text is one that says
+    nothing: its user decides all the same.
     """
 
     kind = "outcome"
