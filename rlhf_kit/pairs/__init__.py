@@ -15,6 +15,8 @@ To add a builder, write one file `pairs/<type>.py` and name its configuration in
 - its class, a `Builder` with `build_rows(prompts, first)`, which gives the rows of a chunk of prompts, and, where what
   is written is a choice among all rows, `finish(rows)`. Without `finish` the rows are the `paired` rows as they are.
 
+A builder that asks which of two completions is better derives both from `compared`, and defines `compare` alone.
+
 What a builder can count on and must keep:
 
 - `prompts` are rows of the data, whole (`prompt` and all other columns); `first` is the number of the first of them.

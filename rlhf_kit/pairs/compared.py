@@ -59,10 +59,10 @@ class Comparing(BuilderBase):
         return PAIRED, UNPAIRED
 
     def problems(self, stage: Pairs) -> Iterator[Problem]:
-        reader = "samples" if self.completions is None else "is the judge"
         needed = self.completions is None or any(judge.type == "policy" for judge in self.judged_by)
         if needed and stage.model is None:
-            yield Problem("model", f"is missing, and {reader}", remedy="add model: {path: ...}")
+            use = "samples from" if self.completions is None else "asks as the judge"
+            yield Problem("model", f"is what builder {self.type} {use}", remedy="add model: {path: ...}")
         if not needed and stage.model is not None:
             yield Problem("model", f"is never used: completions are those of {self.completions}", remedy="remove it")
         count = stage.generation.num_generations
@@ -186,7 +186,7 @@ class ComparedPairs(Builder):
             said = ", ".join(f"{counts[reason]} {reason}" for reason in DROPPED if counts[reason])
             raise RunError(
                 f"builder {self._compared_by.type} keeps none of {len(rows)} pairs ({said}): look at the judge and at "
-                "generation.max_new_tokens, and remove the stage's folder before the next try"
+                "generation.max_new_tokens, remove the folder work/ of this stage, and start the same command again"
             )
         named = [name for name in kept[0] if name not in ("dropped", "first_place")]
         written = [name for name in named if any(row[name] is not None for row in kept)]

@@ -1,5 +1,7 @@
 """Both orders of two completions, as a table."""
 
+import math
+
 import pytest
 
 from rlhf_kit.evals.verdicts import Compared, counts
@@ -20,6 +22,21 @@ def test_a_winner_wins_in_both_orders(ours_first, theirs_first, winner, points, 
     compared = Compared(ours_first, theirs_first)
     assert (compared.winner, compared.points, compared.first_place) == (winner, points, first_place)
     assert compared.consistent == (winner != "tie")
+    assert compared.contradicts == (first_place in (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("ours_first", "theirs_first", "probability"),
+    [
+        (math.log(3), -math.log(9), (3 / 4 + 9 / 10) / 2),
+        (math.log(3), math.log(3), 1 / 2),  # whatever stands first
+        (math.log(3), 0.0, (3 / 4 + 1 / 2) / 2),
+        (-math.inf, math.inf, 0.0),
+    ],
+)
+def test_the_probability_is_the_mean_over_both_orders(ours_first, theirs_first, probability):
+    assert Compared(ours_first, theirs_first).probability == pytest.approx(probability)
+    assert Compared(theirs_first, ours_first).probability == pytest.approx(1 - probability)
 
 
 def test_exchanging_the_two_exchanges_wins_and_losses():

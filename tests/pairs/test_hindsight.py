@@ -372,14 +372,14 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
     hindsight = {"type": "hindsight"}
     model = {"path": "policy"}
     assert problems(builder=hindsight, model=model) == []
-    assert problems(builder=hindsight)[0].startswith("model: is missing, and samples")
+    assert problems(builder=hindsight)[0].startswith("model: is what builder hindsight samples from")
     one = {"num_generations": 1}
     assert problems(builder=hindsight, model=model, generation=one)[0].startswith("generation.num_generations")
     column = {**hindsight, "completions": "said"}
     assert problems(builder=column) == []
     assert problems(builder=column, model=model)[0].startswith("model: is never used: completions are those of said")
     asks = {**column, "judge": {"type": "policy"}}
-    assert problems(builder=asks)[0].startswith("model: is missing, and is the judge")
+    assert problems(builder=asks)[0].startswith("model: is what builder hindsight asks as the judge")
     assert problems(builder=asks, model=model) == []
     assert problems(builder={**hindsight, "world": "judge"}, model=model)[0].startswith("builder.world: is asked by")
     own = tmp_path / "own.txt"
