@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rlhf_kit.judges.local import surface_forms
 
 _LEAST_PROBABILITY = 1e-9
+_ROUNDING = 1e-2  # what 16-bit logits may lie above a log-probability of 0
 
 
 def choice_log_probs(top: Sequence[tuple[str, float]], choices: Sequence[str]) -> list[float]:
@@ -19,9 +20,10 @@ def choice_log_probs(top: Sequence[tuple[str, float]], choices: Sequence[str]) -
     are not shown together: the smaller of the two stands for it.
 
     Raises:
-        ValueError: none of the choices is among `top`.
+        ValueError: none of the choices is among `top`, or a value there is no log-probability: not a number, or above 0
+            by more than rounding.
     """
-    tokens = dict(top)
+    tokens = {token: _log_probability(token, value) for token, value in top}
     forms = [frozenset(surface_forms(choice.strip())) for choice in choices]
     wholes = [[t for t in tokens if t in own] for own in forms]
     begun = [{t for t in tokens if t.strip() and any(form.startswith(t) for form in own)} for own in forms]
@@ -39,6 +41,12 @@ def choice_log_probs(top: Sequence[tuple[str, float]], choices: Sequence[str]) -
     unseen = max(1.0 - math.exp(_log_sum_exp(list(tokens.values()))), _LEAST_PROBABILITY)
     bound = min(min(tokens.values()), math.log(unseen))
     return [bound if value is None else value for value in log_probs]
+
+
+def _log_probability(token: str, value: float) -> float:
+    if not value <= _ROUNDING:  # which NaN is not either
+        raise ValueError(f"what the server calls log-probabilities are none: that of {token!r} is {value:g}")
+    return min(value, 0.0)
 
 
 def _log_sum_exp(values: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import threading
@@ -11,23 +12,28 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import openai
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from rlhf_kit.judges.base import Answer, Question, cut_answer
 from rlhf_kit.judges.choices import choice_log_probs
 from rlhf_kit.judges.usage import Usage
 from rlhf_kit.redact import REDACTED, redact
+from rlhf_kit.rollout import Message
 
 if TYPE_CHECKING:
     from rlhf_kit.judges.server import Server
+
+logger = logging.getLogger(__name__)
 
 FIRST_WAIT = 0.5  # seconds; it doubles with every try
 LONGEST_WAIT = 30.0
 LEAST_UNANSWERED = 4  # questions in a row
 LONGEST_ERROR = 300  # characters
+MOST_TOKENS = 10**9  # of one request
+BYTES_A_TOKEN = 4
 MODES = ("json_schema", "json_object", "none")
 _REFUSALS = (400, 415, 422, 501)  # what servers say to a response format that they do not have
 _TIMEOUT = 408
@@ -82,15 +88,22 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    completion_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+
+
+def _or_none(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        return None
 
 
 class ChatCompletion(BaseModel):
-    """A server's reply."""
+    """A server's reply; a usage that cannot be is none, which takes nothing from the answer."""
 
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Annotated[_Usage | None, WrapValidator(_or_none)] = None
 
 
 class Asking:
@@ -115,6 +128,7 @@ class ChatClient:
         self._usage = usage
         self._slots = asyncio.Semaphore(config.concurrency)
         self._mode = 0 if config.structured == "auto" else MODES.index(config.structured)
+        self._estimates = False  # whether it has been said that usage is estimated
         self._random = random.Random()  # its own: waiting must not move the run's random numbers
         self._client = openai.AsyncOpenAI(
             api_key=api_key or "none",  # the client insists on one; servers that need none ignore it
@@ -222,9 +236,23 @@ class ChatClient:
         except (ValueError, TypeError) as error:  # such as text that cannot be encoded
             raise NoAnswer(f"the request cannot be sent ({error})") from error
         else:
-            if reply.usage is not None:
-                self._usage.add_tokens(reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0)
+            limit = whole.get("max_completion_tokens") or whole.get("max_tokens")
+            self._count(reply, body["messages"], limit if isinstance(limit, int) else None)
             return reply
+
+    def _count(self, reply: ChatCompletion, messages: Sequence[Message], limit: int | None) -> None:
+        """Count the tokens that the server says, or an estimate; the first of these is warned of."""
+        if reply.usage is not None:
+            self._usage.add_tokens(reply.usage.prompt_tokens, reply.usage.completion_tokens)
+            return
+        if not self._estimates:
+            self._estimates = True
+            logger.warning(
+                "judge %s: the server does not say how many tokens it uses. They are estimated, on the safe side: one "
+                "for %d bytes of a question, and max_tokens for its answer. budget.tokens and budget.cost count these",
+                *(self._config.model, BYTES_A_TOKEN),
+            )
+        self._usage.add_tokens(*estimated_tokens(messages, limit, reply.choices[0].message.content or ""))
 
     def _raise_status(self, error: openai.APIStatusError) -> NoReturn:
         status = error.status_code
@@ -243,6 +271,20 @@ class ChatClient:
             text = text.replace(self._api_key, REDACTED)
         text = redact(text)
         return text if len(text) <= LONGEST_ERROR else f"{text[: LONGEST_ERROR - 3]}..."
+
+
+def estimated_tokens(messages: Sequence[Message], limit: int | None, answer: str) -> tuple[int, int]:
+    """Tokens read and written where the server does not say: rather too many than too few.
+
+    One for `BYTES_A_TOKEN` bytes of the messages in UTF-8, and one for each of them; and as many as the answer may have,
+    or without a limit those of its text.
+    """
+    read = sum(_tokens_of(str(message["content"])) + 1 for message in messages)
+    return read, _tokens_of(answer) if limit is None else limit
+
+
+def _tokens_of(text: str) -> int:
+    return math.ceil(len(text.encode(errors="replace")) / BYTES_A_TOKEN)
 
 
 def response_format(mode: str, question: Question) -> dict[str, Any]:
@@ -277,7 +319,7 @@ def read_choices(reply: ChatCompletion, choices: Sequence[str]) -> Answer:
     """Log-probabilities of the words that the answer may begin with.
 
     Raises:
-        NoAnswer: there are no log-probabilities, or none of the words is among those shown.
+        NoAnswer: there are no log-probabilities, or what is shown is none, or none of the words is among it.
     """
     shown = reply.choices[0].logprobs
     if shown is None or not shown.content or not shown.content[0].top_logprobs:

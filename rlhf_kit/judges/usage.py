@@ -21,7 +21,9 @@ class Budget(Config):
 
     It is that of one reward source. Every process has an equal share, the first what is left over of `calls` and
     `tokens`; a run that goes on counts from its checkpoint. What the cache answers costs nothing. Tokens and money are
-    known when an answer is there, so that they end up to `concurrency` answers above.
+    known when an answer is there, so that they end up to `concurrency` answers above. Tokens are those that the server
+    says; where it says none, or what cannot be, they are estimated on the safe side, which is warned of once: a token
+    for four bytes of a question, and `max_tokens` for its answer. A request without a reply counts as a call alone.
     """
 
     calls: PositiveInt | None = None

@@ -19,6 +19,7 @@ from rlhf_kit.judges.base import Answer, Judge, Question
 from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.prompts import fenced, fill, read_prompt
 from rlhf_kit.problems import Problem
+from rlhf_kit.redact import redact
 from rlhf_kit.rewards.asking import PROMPTS, Asking, judge_files, judge_problems
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rewards.quotes import VERDICTS, Reading, read_answer
@@ -293,7 +294,7 @@ class LlmCritic(TextSource):
                 "%s: %d answers of the critic are not the JSON that was asked for, such as %r",
                 self.name,
                 len(unreadable),
-                unreadable[0].text[:LONGEST_SHOWN],
+                redact(unreadable[0].text)[:LONGEST_SHOWN],
             )
 
     def _metrics(self, rows: int, asked: int, unreadable: int, readings: Sequence[Reading]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import inf, log, nan
 
 import pytest
 
@@ -48,3 +48,14 @@ def test_a_letter_keeps_its_case() -> None:
 def test_without_any_choice_there_is_nothing_to_say() -> None:
     with pytest.raises(ValueError, match="'Yes', 'No' is among the 2 likeliest first tokens"):
         choice_log_probs(shown(Well=0.5, The=0.4), ["Yes", "No"])
+
+
+@pytest.mark.parametrize("value", [nan, inf, 800.0, 0.5])
+def test_what_is_no_log_probability_is_refused_wherever_it_stands(value: float) -> None:
+    for top in ([("Yes", value), ("No", -1.0)], [("Yes", -0.5), ("No", -1.0), ("Well", value)]):
+        with pytest.raises(ValueError, match=f"that of '(Yes|Well)' is {value:g}"):
+            choice_log_probs(top, ["Yes", "No"])
+
+
+def test_rounding_above_a_certainty_is_a_certainty_and_an_impossible_token_may_be_shown() -> None:
+    assert choice_log_probs([("Yes", 1e-3), ("No", -inf)], ["Yes", "No"]) == [0.0, -inf]

@@ -6,6 +6,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,19 @@ def test_what_would_not_pass_is_not_tried_again(serve, monkeypatch: pytest.Monke
     [answer] = judge(server, api_key_env="NO_KEY").ask([question("a")])()
     assert FINAL[fault][1] in str(answer.error) and answer.text == ""
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("value", ["NaN", "800.0", "5000", "Infinity", "0.5"])
+def test_what_is_no_log_probability_is_no_answer_and_is_not_recorded(serve, tmp_path: Path, value: str) -> None:
+    shown = f'[{{"token": "Yes", "logprob": {value}}}, {{"token": "No", "logprob": -1}}]'
+    first = f'{{"choices": [{{"message": {{}}, "logprobs": {{"content": [{{"top_logprobs": {shown}}}]}}}}]}}'
+    sound = Reply(top=[("Yes", -0.5), ("No", -1.0)])
+    server = serve(lambda r, number: Reply(body=first.encode()) if number == 0 else sound)
+    asked_for = question("a", choices=("Yes", "No"))
+    answers = [judge(server, cache=str(tmp_path / "c.sqlite")).ask([asked_for])()[0] for _ in range(3)]
+    assert "what the server calls log-probabilities are none: that of 'Yes' is" in str(answers[0].error)
+    assert [answer.log_probs for answer in answers] == [(), (-0.5, -1.0), (-0.5, -1.0)]
+    assert len(server.requests) == 2
 
 
 def test_a_cut_answer_counts_where_the_object_that_was_asked_for_is_whole() -> None:

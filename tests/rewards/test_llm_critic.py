@@ -312,7 +312,7 @@ def test_outcomes_that_are_not_there_yet_are_an_error_of_score_alone(serve, cont
 def test_what_the_critic_did_not_answer_readably_is_missing(serve, context, rollout_of, caplog) -> None:
     answers: dict[str, str | Reply] = {
         FILM: words(FILM),
-        STORY: "I rather liked it.",
+        STORY: "I rather liked it, api_key=hush1234.",
         EMOJI: Reply("broken", status=500),
         "No": verdicts(("Yes", "good")),
         "yes": verdicts(("yes", "fine")),
@@ -324,6 +324,7 @@ def test_what_the_critic_did_not_answer_readably_is_missing(serve, context, roll
     assert rewards.metrics["unreadable"] == pytest.approx(2 / 5)
     assert (rewards.metrics["quotes"], rewards.metrics["dropped"]) == (2.0, 0.5)
     assert "2 answers of the critic are not the JSON" in caplog.text and "rather liked" in caplog.text
+    assert "hush" not in caplog.text
 
 
 def test_a_run_is_repeated_from_the_cache_without_the_server(serve, context, rollout_of, tmp_path) -> None:
