@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sqlite3
 import time
 from collections import Counter
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SHOWN_ERRORS = 3
+SQLITE_HEADER = b"SQLite format 3\0"
+LONGEST_WORD = 16  # characters of a variable's name with digits and without "_"
 SECRETS_OF_REQUESTS = ("key", "token", "bearer", "cookie")  # beside those of every setting
 
 
@@ -74,11 +77,12 @@ class Server(Config):
         for name in _secrets(self.extra_body):
             remedy = "put it into the environment variable api_key_env"
             yield Problem(f"extra_body.{name}", "is a secret", remedy=remedy)
-        if self.replay_only and self.cache is None:
-            yield Problem("cache", "replay_only answers from a cache, and there is none", remedy="name its file")
-        if self.replay_only and self.cache is not None and not Path(self.cache).is_file():
-            remedy = "write replay_only: false to record the answers first"
-            yield Problem("cache", "replay_only answers from this file, and it is not there", self.cache, remedy)
+        if not _is_variable(self.api_key_env):  # which may be the key itself: it is not shown
+            remedy = "put the key into a variable, such as OPENAI_API_KEY, and write that name here"
+            yield Problem("api_key_env", "is no name of an environment variable", remedy=remedy)
+        if not self.model.strip():
+            yield Problem("model", "says no model", self.model, "write the name that the server knows it by")
+        yield from self._cache_problems()
         if self.budget.cost is not None and not (self.budget.prompt_price or self.budget.completion_price):
             yield Problem(
                 "budget.cost",
@@ -86,6 +90,29 @@ class Server(Config):
                 self.budget.cost,
                 "write budget.prompt_price and completion_price, per million tokens",
             )
+
+    def _cache_problems(self) -> Iterator[Problem]:
+        if self.cache is None:
+            if self.replay_only:
+                yield Problem("cache", "replay_only answers from a cache, and there is none", remedy="name its file")
+            return
+        path = Path(self.cache)
+        if path.is_dir():
+            remedy = "name a file in it, such as answers.sqlite"
+            yield Problem("cache", "is a folder, and answers are recorded in a file", self.cache, remedy)
+        elif path.is_file():
+            remedy = "name another; it is made where it is not there"
+            try:
+                with path.open("rb") as file:
+                    opening = file.read(len(SQLITE_HEADER))
+            except OSError as error:
+                yield Problem("cache", f"cannot be read ({error.strerror})", self.cache, remedy)
+            else:
+                if opening not in (b"", SQLITE_HEADER):
+                    yield Problem("cache", "is a file of something else than SQLite", self.cache, remedy)
+        elif self.replay_only:
+            remedy = "write replay_only: false to record the answers first"
+            yield Problem("cache", "replay_only answers from this file, and it is not there", self.cache, remedy)
 
     def files(self) -> Iterator[tuple[str, str, bool]]:
         """Nothing that must be there; the cache may be made."""
@@ -106,6 +133,15 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return url.scheme in ("http", "https") and bool(url.netloc)
+
+
+def _is_variable(name: str) -> bool:
+    """Whether it names an environment variable, and does not look like the key that belongs into one.
+
+    A key of letters and digits is a valid name, too: what has many of both in a row is none that people choose.
+    """
+    chosen = not any(len(part) >= LONGEST_WORD and re.search(r"\d", part) for part in name.split("_"))
+    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None and chosen and redact(name) == name
 
 
 def _number(variable: str, default: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from math import log
 from pathlib import Path
@@ -158,6 +159,51 @@ def test_metrics_count_since_they_were_last_asked(serve, short_waits: None) -> N
     assert set(asking.metrics().values()) == {0.0}
 
 
+WITHOUT_USAGE: list[Any] = [
+    None,
+    {},
+    "none",
+    {"prompt_tokens": -100, "completion_tokens": 5},
+    {"prompt_tokens": 10, "completion_tokens": -5},
+    {"prompt_tokens": 0, "completion_tokens": 0},
+    {"prompt_tokens": 10},
+    {"prompt_tokens": 10**400, "completion_tokens": 5},
+    {"prompt_tokens": 1.5, "completion_tokens": 5},
+]
+
+
+def with_usage(usage: Any) -> Reply:
+    """A reply of five characters."""
+    return Reply(body=json.dumps({"choices": [{"message": {"content": "Maybe"}}], "usage": usage}).encode())
+
+
+@pytest.mark.parametrize("usage", WITHOUT_USAGE)
+def test_tokens_are_estimated_where_the_server_does_not_say_what_it_used(serve, caplog, usage: Any) -> None:
+    server = serve(lambda request, number: with_usage(usage))
+    prices = {"prompt_price": 1e6, "completion_price": 10e6}
+    asking = judge(server, concurrency=1, budget={"tokens": 70, **prices}, max_tokens=20)
+    answers = asking.ask(
+        [question("é" * 20 + str(place)) for place in range(5)]
+    )()  # 41 bytes: 11 tokens, and a message
+    assert [answer.text for answer in answers] == ["Maybe"] * 3 + [""] * 2
+    assert "budget.tokens of 70 is used up (so far 96)" in str(answers[-1].error)
+    metrics = asking.metrics()
+    assert (metrics["prompt_tokens"], metrics["completion_tokens"]) == (36, 60)
+    assert metrics["cost"] == pytest.approx(36 + 600)
+    warned = [message for message in caplog.messages if "does not say how many tokens it uses" in message]
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "written"),
+    [({"max_tokens": None}, 2), ({"max_tokens": None, "extra_body": {"max_completion_tokens": 7}}, 7)],
+)
+def test_an_answer_is_estimated_by_its_limit_or_else_by_its_text(serve, fields, written: int) -> None:
+    asking = judge(serve(lambda request, number: with_usage(None)), **fields)
+    asking.ask([question("abcd")])()
+    assert (asking.metrics()["prompt_tokens"], asking.used()["completion_tokens"]) == (2, written)
+
+
 def test_identical_questions_in_flight_are_asked_once(serve) -> None:
     server = serve(lambda request, number: Reply(str(number), delay=0.2))
     asking = judge(server)
@@ -230,6 +276,13 @@ def test_a_run_that_goes_on_has_what_was_left_of_its_budget(serve) -> None:
         ({"replay_only": True}, "cache", "there is none"),
         ({"replay_only": True, "cache": "none.sqlite"}, "cache", "it is not there"),
         ({"budget": {"cost": 5}}, "budget.cost", "without prices"),
+        ({"model": " "}, "model", "says no model"),
+        ({"cache": "."}, "cache", "is a folder"),
+        ({"cache": __file__}, "cache", "something else than SQLite"),
+        ({"api_key_env": "sk-hush-hush"}, "api_key_env", "no name of an environment variable"),
+        ({"api_key_env": "hush 2"}, "api_key_env", "no name of an environment variable"),
+        ({"api_key_env": "hush5d8f0a1b2c3d4e5f6a7b"}, "api_key_env", "no name of an environment variable"),
+        ({"api_key_env": "hf_HushHushHushHushHush"}, "api_key_env", "no name of an environment variable"),
     ],
 )
 def test_what_cannot_work_is_said_beforehand(fields: dict[str, Any], path: str, said: str) -> None:
@@ -241,6 +294,10 @@ def test_a_sound_configuration_has_no_problems(tmp_path: Path) -> None:
     (tmp_path / "c.sqlite").touch()
     sound = config(cache=str(tmp_path / "c.sqlite"), replay_only=True, budget={"cost": 1, "prompt_price": 1})
     assert list(sound.problems()) == []
+    config(cache=str(tmp_path / "answers" / "c.sqlite")).build()
+    names = ("OPENAI_API_KEY", "my_key_2", "KEY_OF_SERVER_20261128", "AZURE2OPENAI")
+    made = [config(cache=str(tmp_path / "answers" / "c.sqlite"), api_key_env=name) for name in names]
+    assert [problem for one in made for problem in one.problems()] == []
 
 
 @pytest.mark.parametrize("fields", [{"concurrency": 0}, {"timeout": 0}, {"attempts": 0}, {"budget": {"calls": 0}}])
