@@ -28,9 +28,10 @@ app = typer.Typer(
     help="""Train language models with dense and implicit rewards.
 
     A **recipe** is a YAML file. It describes one stage (`type: sft`, `reward`, `segment`, `pairs`,
-    `preference`, `bootstrap`, `ppo` or `eval`) or a pipeline of named `stages` that refer to each other's outputs (`${stages.sft.model}`). Look into recipes/ for examples
-    to start from. A stage has a `model`, `data`, `trainer.args` (the arguments of TRL and transformers, by
-    their own names), and for ppo `rewards` and `credit`. A first run:
+    `preference`, `bootstrap`, `ppo` or `eval`) or a pipeline of named `stages` that refer to each other's
+    outputs (`${stages.sft.model}`). Look into recipes/ for examples to start from. A stage has a `model`,
+    `data`, `trainer.args` (the arguments of TRL and transformers, by their own names), and for ppo
+    `rewards` and `credit`. A first run:
 
     - `rlhf-kit check recipes/quickstart.yaml`
     - `rlhf-kit train recipes/quickstart.yaml`
