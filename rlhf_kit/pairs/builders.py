@@ -10,11 +10,12 @@ from typing import Annotated
 from pydantic import Field
 
 from rlhf_kit.pairs.counterfactual import Counterfactual
+from rlhf_kit.pairs.feedback_mining import FeedbackMining
 from rlhf_kit.pairs.hindsight import Hindsight
 from rlhf_kit.pairs.sampled import Sampled
 from rlhf_kit.pairs.self_reference import SelfReference
 
 BuilderConfig = Annotated[
-    Sampled | Counterfactual | Hindsight | SelfReference,
+    Sampled | Counterfactual | FeedbackMining | Hindsight | SelfReference,
     Field(discriminator="type"),
 ]
