@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import PositiveInt, StringConstraints
 
-from rlhf_kit.data.messages import completion_like, prompt_text
+from rlhf_kit.data.messages import prompt_text
 from rlhf_kit.errors import RunError
 from rlhf_kit.pairs.builder import PAIRED, Builder, BuilderBase, Built, Row
+from rlhf_kit.pairs.compared import IDENTICAL, SIDES, TRUNCATED
 from rlhf_kit.problems import Problem
 from rlhf_kit.rollout import Message, Text
 
@@ -25,7 +26,8 @@ Instruction = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
 _WORD = re.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED})\w)+")
 
-DROPPED = ("in_prompt", "truncated", "leaked", "identical")
+IN_PROMPT, LEAKED = "in_prompt", "leaked"
+DROPPED = (IN_PROMPT, TRUNCATED, LEAKED, IDENTICAL)
 
 
 class Counterfactual(BuilderBase):
@@ -78,31 +80,32 @@ class CounterfactualPairs(Builder):
 
     def build_rows(self, prompts: Sequence[Row], first: int) -> list[Row]:
         """The pairs of each prompt, also those that are dropped: `dropped` says why."""
-        context, config, count = self.context, self._config, self.context.stage.generation.num_generations
-        plain = [row["prompt"] for row in prompts for _ in range(count)]
+        context, config = self.context, self._config
         chosen, rejected = (
-            context.sample([with_instruction(prompt, told, config.place) for prompt in plain])
+            context.complete([{"prompt": with_instruction(row["prompt"], told, config.place)} for row in prompts])
             for told in (config.encourage, config.discourage)
         )
-        said = zip(plain, chosen, rejected, context.texts(chosen), context.texts(rejected), strict=True)
+        count = context.stage.generation.num_generations
         rows: list[Row] = []
-        for place, (prompt, *ids, good, bad) in enumerate(said):
-            row = {"prompt": prompt, "chosen": completion_like(prompt, good), "rejected": completion_like(prompt, bad)}
-            row |= {"prompt_index": first + place // count, "chosen_ids": ids[0], "rejected_ids": ids[1]}
-            row |= {"length_chosen": len(ids[0]), "length_rejected": len(ids[1])}
-            rows.append({**row, "dropped": self._reason(prompt, ids, (good, bad))})
+        for place, sides in enumerate(zip(chosen, rejected, strict=True)):
+            facts = [context.facts(side) for side in sides]
+            prompt = prompts[place // count]["prompt"]
+            row: Row = {"prompt": prompt, "prompt_index": first + place // count}
+            for name, side, of in zip(SIDES, sides, facts, strict=True):
+                row |= {name: side["completion"], f"{name}_ids": side["completion_ids"], f"length_{name}": of["length"]}
+            rows.append({**row, "dropped": self._reason(prompt, facts)})
         return rows
 
-    def _reason(self, prompt: Text, ids: Sequence[Sequence[int]], texts: tuple[str, str]) -> str:
+    def _reason(self, prompt: Text, sides: Sequence[Row]) -> str:
         """Why a pair is dropped, of `DROPPED`; "" where it is not."""
-        config = self._config
+        config, texts = self._config, [side["text"] for side in sides]
         if any(repeats(prompt_text(prompt), told) for told in config.instructions):
-            return "in_prompt"
-        if config.truncated == "drop" and not all(self.context.ends.intersection(own[-1:]) for own in ids):
-            return "truncated"
+            return IN_PROMPT
+        if config.truncated == "drop" and any(side["truncated"] for side in sides):
+            return TRUNCATED
         if any(repeats(text, told, config.leaked_words) for text in texts for told in config.instructions):
-            return "leaked"
-        return "identical" if texts[0] == texts[1] else ""
+            return LEAKED
+        return IDENTICAL if texts[0] == texts[1] else ""
 
     def finish(self, rows: Sequence[Row]) -> Built:
         """The pairs that are kept.
@@ -120,8 +123,8 @@ class CounterfactualPairs(Builder):
                 f"builder counterfactual keeps none of {len(rows)} pairs ({said}): raise generation.max_new_tokens or "
                 "temperature, or write another instruction"
             )
-        facts: Row = {"pairs": len(kept)} | {f"dropped/{reason}": counts[reason] for reason in DROPPED}
-        facts |= {f"length_{side}": fmean(row[f"length_{side}"] for row in kept) for side in ("chosen", "rejected")}
+        facts: Row = {"pairs": len(kept)} | {reason: counts[reason] for reason in DROPPED}
+        facts |= {f"length_{side}": fmean(row[f"length_{side}"] for row in kept) for side in SIDES}
         return Built({PAIRED: with_lineage(kept, self.context.lineage)}, facts)
 
 

@@ -143,7 +143,7 @@ def prompts(draw: st.DrawFn) -> Any:
 class TestNothingLeaks:
     @given(
         prompt=prompts(),
-        styles=st.tuples(STYLES, STYLES).filter(lambda two: two[0] != two[1]),
+        styles=st.tuples(STYLES, STYLES).filter(lambda two: two[0] not in two[1] and two[1] not in two[0]),
         given_=st.sampled_from([(True, False), (False, True), (True, True)]),
         place=st.sampled_from(["user", "system"]),
         echo=st.booleans(),
@@ -160,7 +160,8 @@ class TestNothingLeaks:
         )
         assert [row["prompt"] for row in rows] == [prompt]
         if echo:
-            assert rows[0]["dropped"] == "leaked"
+            there = any(repeats(prompt_text(prompt), style) for style in told.values())
+            assert rows[0]["dropped"] == ("in_prompt" if there else "leaked")
         for row in rows:
             for side in ("chosen", "rejected"):
                 ids = encode_row(context.tokenizer, row["prompt"], row[side], row[f"{side}_ids"])
@@ -172,7 +173,7 @@ class TestNothingLeaks:
         context = Speaking(stage(talker, encourage=PIRATE), manner)
         rows, facts = built(context, [f"Please: speak, as a PIRATE would! {PIRATE}", "Is it so?"])
         assert [row["prompt"] for row in rows] == ["Is it so?"]
-        assert facts["dropped/in_prompt"] == 1
+        assert facts["in_prompt"] == 1
 
     @pytest.mark.parametrize(
         ("said", "leaked"),
@@ -228,12 +229,12 @@ class TestDropped:
         asked = ["cut chosen", "cut rejected", "alike", "fine"]
         rows, facts = built(Speaking(stage(talker, encourage=PIRATE), speak), asked)
         assert [(row["prompt"], row["prompt_index"]) for row in rows] == [("fine", 3)]
-        assert {name: facts[f"dropped/{name}"] for name in ("in_prompt", "truncated", "leaked", "identical")} == {
+        assert {name: facts[name] for name in ("in_prompt", "truncated", "leaked", "identical")} == {
             "in_prompt": 0, "truncated": 2, "leaked": 0, "identical": 1
         }  # fmt: skip
         kept, facts = built(Speaking(stage(talker, encourage=PIRATE, truncated="keep"), speak), asked)
         assert [row["prompt"] for row in kept] == ["cut chosen", "cut rejected", "fine"]
-        assert facts["dropped/truncated"] == 0
+        assert facts["truncated"] == 0
 
     def test_if_none_is_kept_it_says_why(self, talker) -> None:
         context = Speaking(stage(talker, encourage=PIRATE), lambda text: "same")
