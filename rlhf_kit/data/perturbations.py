@@ -45,8 +45,7 @@ def perturbed_rows(
     none to change. A text that allows none gives no edited version. The same seed gives the same rows.
     """
     plain = [completion_text(text) for text in texts]
-    entities, words = (_found(pattern, plain) for pattern in (_ENTITY, _WORD))
-    pool = Pool(entities, words)
+    pool = pool_of(plain)
     rows: list[Row] = []
     for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
         if originals:
@@ -64,18 +63,30 @@ def perturbed_rows(
 
 def corrupted_prompts(prompts: Sequence[Text], edits: Sequence[str], seed: int) -> list[Text | None]:
     """Each prompt after one edit, of a conversation its last message; None where no edit finds anything to change."""
-    plain = [prompt if isinstance(prompt, str) else content_text(prompt[-1]) for prompt in prompts]
-    pool = Pool(_found(_ENTITY, plain), _found(_WORD, plain))
+    plain = [last_text(prompt) for prompt in prompts]
+    pool = pool_of(plain)
     corrupted: list[Text | None] = []
     for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
         chance = random.Random(f"corrupt {seed} {number}")
         tried = (perturb(text, edit, pool, chance) for edit in chance.sample(list(edits), len(edits)))
         edited = next((found for found in tried if found is not None), None)
-        whole = (
-            edited if isinstance(prompt, str) or edited is None else [*prompt[:-1], {**prompt[-1], "content": edited}]
-        )
-        corrupted.append(whole)
+        corrupted.append(None if edited is None else with_last_text(prompt, edited))
     return corrupted
+
+
+def last_text(prompt: Text) -> str:
+    """A prompt, or of a conversation its last message."""
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
+
+
+def with_last_text(prompt: Text, text: str) -> Text:
+    """A prompt with another text in the place of `last_text`."""
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
+def pool_of(texts: Sequence[str]) -> Pool:
+    """The names and words of texts."""
+    return Pool(_found(_ENTITY, texts), _found(_WORD, texts))
 
 
 def perturb(text: str, edit: str, pool: Pool, chance: random.Random) -> str | None:

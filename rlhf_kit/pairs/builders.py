@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rlhf_kit.pairs.corrupt_prompt import CorruptPrompt
 from rlhf_kit.pairs.counterfactual import Counterfactual
 from rlhf_kit.pairs.feedback_mining import FeedbackMining
 from rlhf_kit.pairs.hindsight import Hindsight
@@ -16,6 +17,6 @@ from rlhf_kit.pairs.sampled import Sampled
 from rlhf_kit.pairs.self_reference import SelfReference
 
 BuilderConfig = Annotated[
-    Sampled | Counterfactual | FeedbackMining | Hindsight | SelfReference,
+    Sampled | CorruptPrompt | Counterfactual | FeedbackMining | Hindsight | SelfReference,
     Field(discriminator="type"),
 ]
