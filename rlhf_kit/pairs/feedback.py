@@ -22,6 +22,7 @@ from rlhf_kit.rollout import Message
 
 SATISFIED, DISSATISFIED, NEITHER = LABELS = ("satisfied", "dissatisfied", "neither")
 RULES = "feedback_rules.json"
+FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
 _ANSWERING = ("assistant", "tool")
 
 
@@ -60,8 +61,10 @@ def exchanges(messages: Sequence[Message]) -> list[Exchange]:
 
 
 def redacted_message(message: Message) -> Message:
-    """A message without personal data in any of its texts."""
-    return {name: value if name == "role" else _redacted(value) for name, value in bare(message).items()}
+    """What a chat template shows of a message, without personal data; logs also tell addresses, times and places."""
+    told = (*FIELDS, "name") if message["role"] == "tool" else FIELDS  # elsewhere a name is somebody's
+    kept = {name: value for name, value in message.items() if name in told}
+    return {name: value if name == "role" else _redacted(value) for name, value in bare(kept).items()}
 
 
 def _redacted(value: Any) -> Any:

@@ -369,6 +369,11 @@ class TestRedaction:
         assert [message["content"] for message in prompt] == expected[:4]
         assert built.files["unpaired"][1]["feedback"] == expected[5]
 
+    def test_of_a_message_only_what_a_model_reads_is_kept(self) -> None:
+        facts = {"hashed_ip": "ab12", "timestamp": "2023-05-02", "country": "NL", "name": "Ann", "header": {"agent": "x"}}
+        log = [{"role": "user", "content": "Who?", **facts}, {"role": "assistant", "content": "He.", **facts}]
+        assert dialogue_of({"prompt": log}, 0) == chat("Who?", "He.")
+
     def test_calls_of_tools_and_parts_are_redacted_as_well(self) -> None:
         call = {"type": "function", "function": {"name": "mail", "arguments": {"to": "ann@example.org", "n": 3}}}
         log = [
