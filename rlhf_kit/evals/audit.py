@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from rlhf_kit.config import Config, Location
+from rlhf_kit.config import Config, Location, Place
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.base import Columns, EvaluationConfig
 from rlhf_kit.evals.config import VERIFIER_COLUMN
@@ -53,7 +53,7 @@ class Audit(EvaluationConfig):
     """
 
     type: Literal["audit"]
-    run_folder: Location
+    run_folder: Place
     resample: Resampled | None = None
     refusal_pattern: str | None = None
     repetition_words: PositiveInt = 4

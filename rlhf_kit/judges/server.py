@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf_kit.config import Config, Location
+from rlhf_kit.config import Config, Place
 from rlhf_kit.judges.base import Answer, Judge, Question
 from rlhf_kit.judges.cache import AnswerCache, request_key
 from rlhf_kit.judges.usage import Budget, Usage
@@ -57,7 +57,7 @@ class Server(Config):
     deadline: PositiveFloat = 500.0
     attempts: PositiveInt = 4
     budget: Budget = Budget()
-    cache: Location | None = None
+    cache: Place | None = None
     replay_only: bool = False
     temperature: NonNegativeFloat | None = 0.0
     max_tokens: PositiveInt | None = 512

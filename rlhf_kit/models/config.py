@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from rlhf_kit.config import Config, Location
+from rlhf_kit.config import Config, Location, TextOrFile
 
 
 class Lora(Config):
@@ -26,7 +26,7 @@ class Pretrained(Config):
     type: Literal["pretrained"] = "pretrained"
     path: Location
     tokenizer: Location | None = None
-    chat_template: str | None = None
+    chat_template: TextOrFile | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     attn_implementation: str | None = None
     revision: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +36,8 @@ def load_tokenizer(config: Pretrained | Scratch) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template is not None:
-        path = Path(config.chat_template)
-        tokenizer.chat_template = path.read_text() if path.is_file() else config.chat_template
+        given = config.chat_template
+        tokenizer.chat_template = Path(given).read_text() if os.path.isfile(given) else given
     return tokenizer
 
 

@@ -21,10 +21,11 @@ from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer
 from rlhf_kit.processes import of_main, processes
+from rlhf_kit.runs.folder import RESULT_FILE, put_aside, recorded
 from rlhf_kit.trainers.config import Bootstrap, HeldOutEvaluation, Stop
 from rlhf_kit.trainers.setup import StageRun
 
-STEP_FILE, RESULT_FILE = "step.json", "result.json"
+STEP_FILE = "step.json"
 
 Results = dict[str, Any]
 RunStep = Callable[[Any, Path, str], Results]
@@ -38,11 +39,13 @@ def run_bootstrap(stage: Bootstrap, run: StageRun, run_step: RunStep) -> Results
     folder = run.folder
     rounds: list[Results] = []
     start = _evaluated(stage, 0, run)
+    minutes = start.pop("minutes", 0.0)
     for number in range(1, stage.rounds + 1):
         pairs, training = stage.pairs_of(number, folder), stage.preference_of(number, folder)
         sampled = _step(pairs, folder / f"round-{number}" / "pairs", run, run_step)
         trained = _step(training, folder / f"round-{number}" / "preference", run, run_step)
         measured = _evaluated(stage, number, run)
+        minutes += sampled["minutes"] + trained["minutes"] + measured.pop("minutes", 0.0)
         rounds.append({"round": number, **_facts(sampled, trained), **measured})
         if stage.stop is not None and should_stop(_accuracies(start, rounds), stage.stop):
             break
@@ -54,7 +57,7 @@ def run_bootstrap(stage: Bootstrap, run: StageRun, run_step: RunStep) -> Results
     results: Results = {"updates": sum(row["updates"] for row in rounds), "kept_round": kept, "rounds": rounds}
     if stage.evaluation is not None:
         results |= {"eval_accuracy_start": accuracies[0], "eval_accuracy": accuracies[kept]}
-    return results
+    return {**results, "minutes": round(minutes, 2)}
 
 
 def should_stop(accuracies: list[float], stop: Stop) -> bool:
@@ -89,19 +92,13 @@ def _begin(stage: Config, folder: Path, seed: int) -> bool:
         key = config_fingerprint(stage, seed=seed)
         record = folder / STEP_FILE
         if folder.exists() and (not record.is_file() or json.loads(record.read_text())["fingerprint"] != key):
-            folder.rename(_aside(folder))
+            put_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not record.is_file():
             content = {"fingerprint": key, "settings": stage.model_dump(mode="json"), "seed": seed}
             write_whole(record, json.dumps(content, indent=1))
         done = (folder / RESULT_FILE).is_file()
     return of_main(done)
-
-
-def _aside(folder: Path) -> Path:
-    taken = {path.name for path in folder.parent.iterdir()}
-    number = next(n for n in range(1, len(taken) + 2) if f"{folder.name}.superseded-{n}" not in taken)
-    return folder.with_name(f"{folder.name}.superseded-{number}")
 
 
 # --- evaluation ---
@@ -113,7 +110,8 @@ def _evaluated(stage: Bootstrap, number: int, run: StageRun) -> Results:
         return {}
     step = _Measurement(model=stage.model_of(number, run.folder), evaluation=stage.evaluation)
     folder = run.folder / f"round-{number}" / "evaluation"
-    return _step(step, folder, run, lambda config, where, name: _measure(config, where, run))
+    main = processes().is_main_process
+    return _step(step, folder, run, lambda config, where, name: recorded(where, main, lambda: _measure(config, run)))
 
 
 class _Measurement(Config):
@@ -123,7 +121,7 @@ class _Measurement(Config):
     evaluation: HeldOutEvaluation
 
 
-def _measure(step: _Measurement, folder: Path, run: StageRun) -> Results:
+def _measure(step: _Measurement, run: StageRun) -> Results:
     """Every process takes its share of the prompts."""
     state, settings = processes(), step.evaluation
     rows = load_data(settings.data).to_list()
@@ -142,11 +140,7 @@ def _measure(step: _Measurement, folder: Path, run: StageRun) -> Results:
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     scored = [(verify(settings.verifier, text, row), len(i)) for text, row, i in zip(texts, own, ids, strict=True)]
     known = [(score, n) for score, n in cast(list[Any], gather_object(scored)) if score is not None]
-    results = {"eval_accuracy": fmean(score for score, _ in known), "eval_length": fmean(n for _, n in known)}
-    if state.is_main_process:
-        write_whole(folder / RESULT_FILE, json.dumps(results))
-    state.wait_for_everyone()
-    return results
+    return {"eval_accuracy": fmean(score for score, _ in known), "eval_length": fmean(n for _, n in known)}
 
 
 def _copy(model: Pretrained, target: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
+from rlhf_kit.runs.metrics import SUPERSEDED
 from rlhf_kit.trainers.setup import StageRun
 from rlhf_kit.world_size import launch_of
 
@@ -61,6 +64,23 @@ def record_stage(recipe: Recipe, name: str, begun: bool) -> None:
             f"the former back, give this run another name (name=...), or remove {folder} to begin the stage anew"
         )
     write_manifest(recipe.run_folder, stages={**stages, name: described})
+
+
+def put_aside(folder: Path) -> None:
+    """Rename what was made from something else to the first free `<name>.superseded-N`."""
+    taken = {path.name for path in folder.parent.iterdir()}
+    number = next(n for n in range(1, len(taken) + 2) if f"{folder.name}{SUPERSEDED}{n}" not in taken)
+    folder.rename(folder.with_name(f"{folder.name}{SUPERSEDED}{number}"))
+
+
+def recorded(folder: Path, main: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `run` returns and the minutes that it took, written into a stage's folder by the main process."""
+    started = time.time()
+    results = run()
+    results["minutes"] = round((time.time() - started) / 60, 2)
+    if main:
+        write_whole(folder / RESULT_FILE, json.dumps(results, indent=2))
+    return results
 
 
 @contextmanager
@@ -135,7 +155,7 @@ def _check_launch(recipe: Recipe, launch: dict[str, Any]) -> None:
                 f"stage '{name}' was begun with {_described(before)} and cannot go on with {_described(launch)}: start "
                 f"{_described(before)} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
             )
-    if before != launch and "finished" not in manifest:
+    if before != launch and manifest.get("finished") is None:
         write_manifest(recipe.run_folder, **launch)
 
 

@@ -7,14 +7,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_kit.config import files_named, files_read
 from rlhf_kit.data.files import fingerprint, write_whole
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
+from rlhf_kit.trainers.config import Bootstrap
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = (
@@ -49,14 +50,32 @@ def describe_run(recipe: Recipe) -> dict[str, Any]:
 
 def describe_stage(recipe: Recipe, name: str) -> dict[str, Any]:
     """The earlier stages that a stage builds on, and the SHA-256 of every local file and model that it reads."""
-    paths = dict(_paths(recipe.stages[name].model_dump()))
-    parents = [
-        other
-        for other in recipe.stages
-        if other != name and any(Path(path) in recipe.outputs(other) for path in paths.values())
-    ]
-    prints = {field: fingerprint(Path(path)) for field, path in paths.items()}
+    prints = {field: fingerprint(Path(path)) for field, path in files_read(recipe.stages[name])}
+    parents = [other for other in recipe.stages if _reads(recipe, name, other)]
     return {"parents": parents, "inputs": {field: value for field, value in prints.items() if value}}
+
+
+def is_outdated(recipe: Recipe, name: str) -> bool:
+    """Whether a stage has read what a bootstrap before it, or a stage behind that, has made anew since."""
+    recorded = read_manifest(recipe.run_folder).get("stages", {}).get(name, {}).get("inputs", {})
+    outputs = {output for other in behind_bootstrap(recipe) if other != name for output in recipe.outputs(other)}
+    read = ((field, Path(path)) for field, path in files_read(recipe.stages[name]) if Path(path) in outputs)
+    return any(fingerprint(path) not in (None, recorded.get(field)) for field, path in read if field in recorded)
+
+
+def behind_bootstrap(recipe: Recipe) -> list[str]:
+    """The bootstraps of a recipe, and the stages that read what these, or such stages, make."""
+    found: list[str] = []
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, Bootstrap) or any(_reads(recipe, name, other) for other in found):
+            found.append(name)
+    return found
+
+
+def _reads(recipe: Recipe, name: str, other: str) -> bool:
+    """Whether a stage names an output of another."""
+    outputs = recipe.outputs(other) if other != name else ()
+    return any(Path(path) in outputs for _, path in files_named(recipe.stages[name]))
 
 
 def _versions() -> dict[str, str]:
@@ -80,17 +99,3 @@ def _git_commit() -> str | None:
 
 def _git(*args: str) -> str:
     return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _paths(config: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Every file and model that a stage's configuration names, by field (`data.path`, `rewards.1.path`)."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            inner = f"{field}.{key}" if field else str(key)
-            if key in ("path", "model") and isinstance(value, str):
-                yield inner, value
-            else:
-                yield from _paths(value, inner)
-    elif isinstance(config, list | tuple):
-        for index, value in enumerate(config):
-            yield from _paths(value, f"{field}.{index}")

@@ -19,11 +19,12 @@ from rlhf_kit.data.files import write_whole
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.stage import Eval
 from rlhf_kit.pairs.config import Pairs
+from rlhf_kit.processes import processes
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.evaluations import read_evaluations, shown
-from rlhf_kit.runs.folder import RESULT_FILE, opened, record_stage
-from rlhf_kit.runs.manifest import read_manifest, write_manifest
+from rlhf_kit.runs.folder import RESULT_FILE, opened, put_aside, record_stage, recorded
+from rlhf_kit.runs.manifest import behind_bootstrap, is_outdated, read_manifest, write_manifest
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
 from rlhf_kit.runs.report import REPORT_FILE, write_report
 from rlhf_kit.runs.trackers import TENSORBOARD_FOLDER, show_samples, tracked
@@ -65,25 +66,29 @@ def _refuse_what_is_not_trained(recipe: Recipe) -> None:
 def _run_stages(recipe: Recipe, functions: Mapping[str, Callable[..., Any]], main: bool) -> dict[str, Any]:
     folder = recipe.run_folder
     results = {}
-    finished = "finished" in read_manifest(folder)
+    finished = _is_finished(folder)
     if main and not finished:
         write_manifest(folder, interrupted=None)
     try:
         for name, stage in recipe.stages.items():
             results[name] = _run_stage(recipe, name, stage, functions, main)
-        if main and not finished:
+        if main and not _is_finished(folder):
             write_manifest(folder, finished=time.time())
     except BaseException:
         if main:
             write_manifest(folder, interrupted=time.time())
         raise
     finally:
-        evaluates = any(isinstance(stage, Eval) for stage in recipe.stages.values())
-        if main and (evaluates or not (finished and (folder / REPORT_FILE).is_file())):
+        may_repeat = any(isinstance(stage, Eval | Bootstrap) for stage in recipe.stages.values())
+        if main and (may_repeat or not (finished and (folder / REPORT_FILE).is_file())):
             write_report(folder)
     if main:
         _print_results(recipe, results)
     return results
+
+
+def _is_finished(folder: Path) -> bool:
+    return read_manifest(folder).get("finished") is not None
 
 
 def _run_stage(
@@ -91,8 +96,10 @@ def _run_stage(
 ) -> dict[str, Any]:
     folder = recipe.stage_folder(name)
     done = folder / RESULT_FILE
-    if done.is_file() and not isinstance(stage, Eval | Bootstrap):  # which know themselves what has to be repeated
-        return json.loads(done.read_text())
+    if not isinstance(stage, Eval | Bootstrap):  # which know themselves what has to be repeated
+        _put_aside_if_outdated(recipe, name, main)
+        if done.is_file():
+            return json.loads(done.read_text())
     if main:
         record_stage(recipe, name, begun=StageRun(folder).last_checkpoint() is not None)
     if isinstance(stage, Bootstrap):
@@ -100,19 +107,27 @@ def _run_stage(
     return _run_in(recipe, name, stage, folder, functions, main)
 
 
+def _put_aside_if_outdated(recipe: Recipe, name: str, main: bool) -> None:
+    """Let a stage behind a bootstrap begin anew where it has read what the bootstrap has changed since."""
+    if name not in behind_bootstrap(recipe):
+        return
+    folder = recipe.stage_folder(name)
+    if main and folder.exists() and is_outdated(recipe, name):
+        put_aside(folder)
+    processes().wait_for_everyone()
+
+
 def _run_bootstrap(
     recipe: Recipe, stage: Bootstrap, folder: Path, functions: Mapping[str, Callable[..., Any]], main: bool
 ) -> dict[str, Any]:
     from rlhf_kit.runs.bootstrap import run_bootstrap
 
-    started = time.time()
     progress = ProgressCallback(folder.name) if main else None
     run = StageRun(folder, recipe.seed, functions=functions, progress=progress.show_work if progress else None)
     with closing(progress) if progress else nullcontext():
         results = run_bootstrap(
             stage, run, lambda step, where, name: _run_in(recipe, name, step, where, functions, main)
         )
-    results["minutes"] = round((time.time() - started) / 60, 2)
     if main:
         write_whole(folder / RESULT_FILE, json.dumps(results, indent=2))
     return results
@@ -127,7 +142,8 @@ def _run_in(
     main: bool,
 ) -> dict[str, Any]:
     """Run a stage in a folder, watched and tracked, and record its results there."""
-    done = folder / RESULT_FILE
+    if main and not isinstance(stage, Eval) and _is_finished(recipe.run_folder):
+        write_manifest(recipe.run_folder, finished=None)
     watchers = _watchers(folder, name) if main else ()
     run = StageRun(
         folder=folder,
@@ -138,15 +154,10 @@ def _run_in(
         log_samples=partial(_log_samples, folder) if main else None,
         progress=watchers[1].show_work if watchers else None,
     )
-    started = time.time()
     with tracked(recipe, name, stage, folder) if main else nullcontext(), ExitStack() as stack:
         for watcher in watchers:
             stack.enter_context(closing(watcher))
-        results = _runner(stage)(stage, run)
-        results["minutes"] = round((time.time() - started) / 60, 2)
-        if main:  # before a tracker is waited for
-            write_whole(done, json.dumps(results, indent=2))
-    return results
+        return recorded(folder, main, partial(_runner(stage), stage, run))  # before a tracker is waited for
 
 
 def _watchers(folder: Path, name: str) -> tuple[MetricsCallback, ProgressCallback]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -22,13 +21,15 @@ from rlhf_kit.redact import redact
 from rlhf_kit.runs import curves, heatmap
 from rlhf_kit.runs.evaluations import EVALS_FOLDER, evaluation_view, read_evaluations
 from rlhf_kit.runs.formatting import format_duration, format_number, format_time, parse_time
-from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, read_metrics, read_samples
+from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, SUPERSEDED, read_metrics, read_samples
 from rlhf_kit.runs.summary import headline, summary_rows
 
 REPORT_FILE = "report.html"
 RECIPE_FILE = "recipe.resolved.yaml"
 MANIFEST_FILE = "manifest.json"
 RESULT_FILE = "result.json"
+STEPS = ("pairs", "preference", "evaluation")  # of a round of a bootstrap, in order
+ROUND_STEP = re.compile(r"\bround-(\d+) (\w+)$")
 
 MAX_SAMPLED_STEPS = 40
 MAX_SAMPLED_TOKENS = 60_000
@@ -123,9 +124,8 @@ def read_run(run_folder: Path) -> Run:
     recipe_text = recipe_path.read_text(encoding="utf-8", errors="replace") if recipe_path.exists() else ""
     types = _stage_types(recipe_path, recipe_text)
     stages = [_read_stage(path, path.name, types) for path in sorted(folder.iterdir()) if _is_stage(path)]
-    for path in sorted(folder.glob("*/round-*/*"), key=lambda path: (path.parent.name, _made(path))):
-        if _is_stage(path) and ".superseded-" not in path.name:  # a step of a bootstrap
-            stages.append(_read_stage(path, " ".join(path.relative_to(folder).parts), types))
+    steps = (path for pattern in ("round-*/*", "*/round-*/*") for path in folder.glob(pattern))  # of a bootstrap
+    stages += [_read_stage(path, " ".join(path.relative_to(folder).parts), types) for path in steps if _is_stage(path)]
     if _is_stage(folder):
         only = next(iter(types), folder.name)
         stages.insert(0, _read_stage(folder, only, types))
@@ -134,22 +134,24 @@ def read_run(run_folder: Path) -> Run:
             f"{folder} is not a run folder: it has no {RECIPE_FILE}, {MANIFEST_FILE} or {METRICS_FILE}; "
             "give the folder that `train` made"
         )
-    order = list(types)
-    places = [order.index(name) if (name := stage.name.split(" ")[0]) in order else len(order) for stage in stages]
-    stages = [
-        stage for _, stage in sorted(zip(places, stages, strict=True), key=lambda pair: (pair[0], _began(pair[1])))
-    ]
+    stages.sort(key=lambda stage: _place(stage, list(types)))
     return Run(folder.resolve().name, _read_json(folder / MANIFEST_FILE) or {}, recipe_text, stages)
 
 
-def _made(step: Path) -> float:
-    """When a step of a round was begun."""
-    return (step / RESULT_FILE).stat().st_mtime if (step / RESULT_FILE).exists() else math.inf
+def _place(stage: Stage, order: Sequence[str]) -> tuple[int, int, int, float]:
+    """Stages stand in the recipe's order, others behind them as they began; a bootstrap before its rounds' steps."""
+    name, *_ = stage.name.split(" ")
+    match = ROUND_STEP.search(stage.name)
+    number, step = (int(match[1]), STEPS.index(match[2])) if match and match[2] in STEPS else (-1, -1)
+    owner = order.index(name) if name in order else 0 if match and len(order) == 1 else len(order)
+    return owner, number, step, _began(stage)
 
 
 def _is_stage(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        (folder / name).exists() for name in (METRICS_FILE, SAMPLES_FOLDER, RESULT_FILE, EVALS_FOLDER)
+    return (
+        SUPERSEDED not in folder.name
+        and folder.is_dir()
+        and any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FOLDER, RESULT_FILE, EVALS_FOLDER))
     )
 
 

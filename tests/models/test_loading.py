@@ -155,6 +155,7 @@ def test_the_tokenizer_pads_on_the_left_with_its_end_token_where_it_has_no_pad_t
 def test_the_chat_template_is_a_file_or_its_text(saved, tmp_path) -> None:
     template = "{% for m in messages %}{{ m['content'] }} = {% endfor %}"
     (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
-    for given in (template, str(tmp_path / "chat.jinja")):
+    long = template + "{# longer than a path can be #}" * 200
+    for given in (template, long, str(tmp_path / "chat.jinja")):
         tokenizer = load_tokenizer(Pretrained(path=saved, chat_template=given))
         assert tokenizer.apply_chat_template([{"role": "user", "content": "1 2"}], tokenize=False) == "1 2 = "

@@ -18,9 +18,11 @@ from rlhf_kit.pairs.files import read_rows
 from rlhf_kit.problems import RecipeError
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.runs.bootstrap import should_stop
+from rlhf_kit.runs.manifest import read_manifest
 from rlhf_kit.runs.pipeline import run_pipeline
 from rlhf_kit.trainers.config import Stop
 
+from ..distributed.conftest import launch
 from ..sums import save_policy_of_sums
 
 SUMS = {"type": "running_sums", "terms": 2, "modulus": 5}
@@ -77,7 +79,8 @@ def recipe(tmp_path: Path, older: str) -> Callable[..., Path]:
             "evaluation": {"data": {**SUMS, "size": 12, "seed": 3}, "verifier": "exact", "max_new_tokens": 5},
         }
         file = tmp_path / f"{name}.yaml"
-        stages = {"sft": sft, "dice": {**rounds, **fields}}
+        behind = fields.pop("behind", {})
+        stages = {"sft": sft, "dice": {**rounds, **fields}, **behind}
         file.write_text(json.dumps({"name": name, "runs_dir": str(tmp_path / "runs"), "stages": stages}))
         return file
 
@@ -96,6 +99,11 @@ def done_at(run: Path) -> dict[str, int]:
     """When each step was done."""
     folder = run / "dice"
     return {str(p.parent.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("round-*/*/result.json")}
+
+
+def made_at(run: Path) -> dict[str, int]:
+    """When the model of each stage was made."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in run.glob("*/model") if "." not in path.parent.name}
 
 
 def test_each_round_goes_on_from_the_one_before(recipe, older, tmp_path) -> None:
@@ -143,6 +151,42 @@ def test_a_changed_file_repeats_what_read_it(recipe, tmp_path) -> None:
     run_pipeline(load_recipe(recipe()))
     after = done_at(run)
     assert {step for step in before if after.get(step) == before[step]} == {"round-0/evaluation", "round-1/pairs"}
+
+
+def test_a_later_stage_is_made_anew_where_the_kept_model_has_changed(recipe, tmp_path) -> None:
+    run = tmp_path / "runs" / "run"
+    behind = {
+        "second": {
+            "type": "preference",
+            "model": {"path": "${stages.dice.model}"},
+            "objective": {"type": "dpo"},
+            "data": {"type": "jsonl", "path": str(tmp_path / "old.jsonl")},
+            "trainer": {"args": {**ARGS, "max_steps": 1}},
+        },
+        "third": {"type": "sft", "model": {"path": "${stages.second.model}"}, "data": {**SUMS, "size": 4}},
+        "beside": {"type": "sft", "model": {"path": "${stages.sft.model}"}, "data": {**SUMS, "size": 4}},
+    }
+    for name in ("third", "beside"):
+        behind[name]["trainer"] = {"args": {"max_steps": 1, "gradient_checkpointing": False}}
+    rounds = {"rounds": 1, "evaluation": None, "behind": behind}
+    run_pipeline(load_recipe(recipe(**rounds)))
+    before = made_at(run)
+    assert before.keys() == {"sft", "dice", "second", "third", "beside"}
+    finished = read_manifest(run)["finished"]
+    assert run_pipeline(load_recipe(recipe(**rounds))).keys() == before.keys()
+    assert made_at(run) == before and read_manifest(run)["finished"] == finished
+
+    args = {**ARGS, "learning_rate": 1e-3}
+    rounds["preference"] = {"objective": {"type": "dpo"}, "trainer": {"args": args}}
+    run_pipeline(load_recipe(recipe(**rounds)))
+    after = made_at(run)
+    assert {name for name in before if after[name] == before[name]} == {"sft", "beside"}
+    assert {path.name for path in run.glob("*.superseded-*")} == {"second.superseded-1", "third.superseded-1"}
+    assert read_manifest(run)["finished"] > finished
+    run_pipeline(load_recipe(recipe("fresh", **rounds)))
+    for name in ("second", "third"):
+        model = Path(name) / "model" / "model.safetensors"
+        assert same(load_file(run / model), load_file(tmp_path / "runs" / "fresh" / model))
 
 
 KILLED = """
@@ -240,3 +284,50 @@ def test_what_cannot_work_is_said_in_the_recipes_words(recipe, fields, said) -> 
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe(**fields))
     assert said in str(error.value)
+
+
+def test_two_processes_go_on_after_a_kill_and_end_as_one(recipe, older, tmp_path) -> None:
+    """The update is the same up to the order of sums, so that its size is compared; what is sampled is the same."""
+    runs, script = tmp_path / "runs", str(Path(__file__).parent / "launched.py")
+    start = tmp_path / "start"
+    save_policy_of_sums(start, modulus=5, terms=2, updates=10)
+    args = {**ARGS, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+
+    def rounds(name: str, batch: int) -> Path:
+        given = {**args, "per_device_train_batch_size": batch}
+        file = recipe(
+            name, model={"path": str(start)}, preference={"objective": {"type": "dpo"}, "trainer": {"args": given}}
+        )
+        content = json.loads(file.read_text())
+        del content["stages"]["sft"]
+        file.write_text(json.dumps(content))
+        return file
+
+    alone = run_pipeline(load_recipe(rounds("alone", 2)))["dice"]
+    both = rounds("both", 1)
+    launch("cpu_ddp", script, str(both), "2", succeeds=False)
+    assert (runs / "both" / "dice" / "round-1" / "preference" / "checkpoints" / "checkpoint-1").is_dir()
+    sampled = done_at(runs / "both")
+    launch("cpu_ddp", script, str(both))
+    after = done_at(runs / "both")
+    assert {step: after[step] for step in sampled} == sampled and after.keys() == done_at(runs / "alone").keys()
+    together = json.loads((runs / "both" / "dice" / "result.json").read_text())
+    assert read_manifest(runs / "both")["world_size"] == 2
+    for name in ("pairs/completions", "pairs/paired"):
+        first, second = (read_rows(runs / of / "dice" / "round-1" / f"{name}.parquet") for of in ("alone", "both"))
+        assert rounded(first) == rounded(second)
+    begun, kept = load_file(start / "model.safetensors"), "dice/model/model.safetensors"
+    one, two = (load_file(runs / of / kept) for of in ("alone", "both"))
+    moved = sum((one[name] - begun[name]).square().sum() for name in one).sqrt()
+    apart = sum((one[name] - two[name]).square().sum() for name in one).sqrt()
+    assert apart < 1e-3 * moved
+    assert rounded(together["rounds"]) == rounded(alone["rounds"])
+
+
+def rounded(content: Any) -> Any:
+    """Numbers to four digits, and no names of runs."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items() if key not in ("recipe", "model")}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    return round(content, 4) if isinstance(content, float) else content

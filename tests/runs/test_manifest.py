@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_kit.errors import RunError
 from rlhf_kit.recipe import Recipe, load_recipe
+from rlhf_kit.runs.folder import record_stage
 from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
 
 PIPELINE = """
@@ -176,6 +179,54 @@ class TestStage:
             "parents": ["sft", "prm"],
             "inputs": {"model.path": sha256(b"policy"), "rewards.1.path": sha256(b"prm")},
         }
+
+    @pytest.mark.parametrize(
+        ("field", "changed"),
+        [
+            ("rewards.0.prompt", "critic.txt"),
+            ("rewards.0.examples", "examples.jsonl"),
+            ("rewards.0.judge.model.path", "judge/config.json"),
+            ("rewards.1.reference", "reference/model.safetensors"),
+            ("rewards.2.follow_ups", "follow_ups.json"),
+            ("rewards.3.prompts.rating", "rating.txt"),
+            ("model.chat_template", "chat.jinja"),
+            ("critic.path", "critic/config.json"),
+        ],
+    )
+    def test_a_stage_does_not_go_on_with_another_file_of_any_field(
+        self, recipe: Recipe, tmp_path: Path, field: str, changed: str
+    ) -> None:
+        files = ("critic.txt", "examples.jsonl", "follow_ups.json", "rating.txt", "chat.jinja")
+        folders = ("judge/config.json", "reference/model.safetensors", "critic/config.json")
+        for name in (*files, *folders):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("before")
+        where = {Path(name).stem: str(tmp_path / name) for name in files}
+        judge = {"type": "local", "model": {"path": str(tmp_path / "judge")}}
+        rewards = [
+            {"type": "llm_critic", "prompt": where["critic"], "examples": where["examples"], "judge": judge},
+            {"type": "dpo_implicit", "path": "owner/model", "reference": str(tmp_path / "reference")},
+            {"type": "follow_up", "follow_ups": where["follow_ups"]},
+            {"type": "hindsight", "prompts": {"rating": where["rating"]}, "judge": {"type": "policy"}},
+        ]
+        ppo = recipe.stages["ppo"].model_dump(exclude={"rewards", "critic"})
+        ppo |= {"rewards": rewards, "critic": {"type": "model", "path": str(tmp_path / "critic")}}
+        ppo["model"]["chat_template"] = where["chat"]
+        recipe = Recipe.model_validate({**recipe.model_dump(), "stages": {"ppo": ppo}})
+        recipe.run_folder.mkdir(parents=True)
+        record_stage(recipe, "ppo", begun=False)
+        record_stage(recipe, "ppo", begun=True)
+        (tmp_path / changed).write_text("after")
+        with pytest.raises(RunError, match=f"was begun with other contents of {re.escape(field)}, and cannot go on"):
+            record_stage(recipe, "ppo", begun=True)
+
+    def test_what_a_stage_writes_itself_is_no_input(self, recipe: Recipe, tmp_path: Path) -> None:
+        (tmp_path / "cache.sqlite").write_text("grows with every answer")
+        judge = {"type": "server", "base_url": "http://127.0.0.1:1/v1", "model": "any"}
+        critic = {"type": "llm_critic", "judge": {**judge, "cache": str(tmp_path / "cache.sqlite")}}
+        ppo = {**recipe.stages["ppo"].model_dump(), "rewards": [critic]}
+        described = Recipe.model_validate({**recipe.model_dump(), "stages": {"ppo": ppo}})
+        assert describe_stage(described, "ppo")["inputs"] == {}
 
     def test_the_prompts_of_sampled_data_are_an_input_and_a_hub_id_is_none(self, recipe: Recipe) -> None:
         inputs = describe_stage(recipe, "prm")["inputs"]

@@ -19,7 +19,7 @@ import pytest
 
 from rlhf_kit.errors import RunError
 from rlhf_kit.runs.metrics import MetricsWriter, write_samples
-from rlhf_kit.runs.report import render_report, write_report
+from rlhf_kit.runs.report import read_run, render_report, write_report
 
 Parse = Callable[[str], Any]
 
@@ -278,6 +278,21 @@ class TestReport:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, tmp_path / name)
         assert "</html>" in write_report(tmp_path).read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("single", [True, False])
+    def test_the_steps_of_a_bootstrap_stand_by_round_and_in_their_order(self, tmp_path: Path, single: bool) -> None:
+        recipe = "type: bootstrap\n" if single else "stages:\n  dice: {type: bootstrap}\n  ppo: {type: ppo}\n"
+        (tmp_path / "recipe.resolved.yaml").write_text(recipe)
+        made = [f"round-{number}/{step}" for number in (10, 2, 0) for step in ("evaluation", "preference", "pairs")]
+        for step in [*made, "", "../ppo", "round-2/pairs.superseded-1", "../ppo.superseded-1"]:
+            folder = tmp_path / step.removeprefix("../") if single else tmp_path / "dice" / step
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").write_text("{}")
+        with MetricsWriter((tmp_path if single else tmp_path / "dice") / "round-2" / "preference") as writer:
+            writer.write(1, {"loss": 1.0})  # the only one that says when it began
+        steps = [f"round-{number} {step}" for number in (0, 2, 10) for step in ("pairs", "preference", "evaluation")]
+        expected = ["bootstrap", *steps, "ppo"] if single else ["dice", *(f"dice {step}" for step in steps), "ppo"]
+        assert [stage.name for stage in read_run(tmp_path).stages] == expected
 
     def test_a_recipe_alone_says_that_there_are_no_metrics(self, tmp_path: Path) -> None:
         (tmp_path / "recipe.resolved.yaml").write_text("type: ppo\n")
