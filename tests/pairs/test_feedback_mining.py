@@ -370,7 +370,13 @@ class TestRedaction:
         assert built.files["unpaired"][1]["feedback"] == expected[5]
 
     def test_of_a_message_only_what_a_model_reads_is_kept(self) -> None:
-        facts = {"hashed_ip": "ab12", "timestamp": "2023-05-02", "country": "NL", "name": "Ann", "header": {"agent": "x"}}
+        facts = {
+            "hashed_ip": "ab12",
+            "timestamp": "2023-05-02",
+            "country": "NL",
+            "name": "Ann",
+            "header": {"agent": "x"},
+        }
         log = [{"role": "user", "content": "Who?", **facts}, {"role": "assistant", "content": "He.", **facts}]
         assert dialogue_of({"prompt": log}, 0) == chat("Who?", "He.")
 
