@@ -53,6 +53,11 @@ class Encoded:
                 return self.tokens[k] if segment[0] < end else None
         return None
 
+    @property
+    def parts(self) -> list[tuple[CharRange, int]]:
+        """The text's tokens that have any of it: their character ranges and their positions."""
+        return [(part, k) for part, k in zip(self.offsets, self.tokens, strict=True) if part[0] < part[1]]
+
     @cached_property
     def _starts(self) -> list[int]:
         return [start for start, _ in self.offsets]
@@ -178,7 +183,7 @@ def _at_last_tokens(
     row: Encoded, segments: Sequence[CharRange] | None, logits: Float32[Tensor, "T K"]
 ) -> tuple[list[CharRange], Float32[Tensor, "S K"]]:
     if segments is None:
-        pairs = [(span, token) for span, token in zip(row.offsets, row.tokens, strict=True) if span[0] < span[1]]
+        pairs = row.parts
     else:
         ends = [(segment, row.last_token(segment)) for segment in segments]
         pairs = [(segment, token) for segment, token in ends if token is not None]
@@ -199,9 +204,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that a model can read: its positions, or what its tokenizer allows."""
+    """The most tokens that a model can read: its positions, or what its tokenizer allows.
+
+    Models of RoBERTa's kind count positions from behind that of padding, which leaves them fewer than they have.
+    """
     config: Any = cast(Any, model).config.get_text_config()
-    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+        padding = [place for table in tables if (place := getattr(table, "padding_idx", None)) is not None]
+        positions -= max(padding, default=-1) + 1
+    limits = (positions, tokenizer.model_max_length)
     return min(limit for limit in limits if limit)
 
 

@@ -15,6 +15,9 @@ from transformers import (
     BertConfig,
     BertForTokenClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
 )
 
 from rlhf_kit.errors import RunError
@@ -93,6 +96,26 @@ def test_a_text_beyond_the_limit_has_no_result_and_an_empty_one_no_segments(clas
     long, fits, empty = classifier(["", "", ""], ["a " * 11, "a " * 10, ""], [None, None, None])
     assert long is None and fits is not None and len(fits[0]) == 10
     assert empty is not None and empty[0] == [] and empty[1].shape == (0, 2)
+
+
+@pytest.mark.parametrize("kind", [RobertaForTokenClassification, RobertaForSequenceClassification])
+def test_positions_that_padding_takes_are_not_counted_as_readable(kind: Any, bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bert, model_max_length=int(1e30))  # as one that says no limit
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(PIECES),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=14,
+        pad_token_id=1,
+    )
+    config.architectures = [kind.__name__]
+    reader = Classifier(kind(config).eval(), tokenizer)
+    assert reader.longest == 12  # positions 2 to 13
+    fits, long = reader(["", ""], ["a " * 10, "a " * 11], [[(0, 19)], [(0, 21)]])
+    assert fits is not None and fits[1].shape == (1, 2) and long is None
 
 
 def test_padding_is_ignored_by_loss_and_attention(classifier: Classifier) -> None:
