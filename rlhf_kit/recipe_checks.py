@@ -6,6 +6,7 @@ Each check yields problems with paths relative to the stage.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -270,6 +271,11 @@ def _segment(stage: Segment) -> Iterator[Problem]:
         yield Problem("segments.by", "a text to learn from is one turn", "turn", remedy)
     if "none" in stage.classes:
         yield Problem("labels", "none is the class of what no span marks", "none", "give it another name")
+    counts = Counter(label for labels in stage.marks for label in labels)
+    for label in [label for label, count in counts.items() if count > 1]:
+        yield Problem("labels", "stands for a class more than once", label, "leave it in one place")
+    for name in [name for name, labels in zip(stage.classes, stage.marks, strict=True) if not labels]:
+        yield Problem(f"labels.{name}", "no label stands for this class", [], "name some of the data's, or remove it")
     if isinstance(stage.class_weights, dict):
         for name in stage.class_weights:
             if name not in ("none", *stage.classes):

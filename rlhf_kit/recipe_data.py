@@ -59,6 +59,8 @@ def check_data(recipe: Recipe, source: object) -> None:
             problems += [problem.under(prefix) for problem in _problems(field, seen[key], needed)]
         if isinstance(stage, Eval):
             problems += [problem.under(prefix) for problem in _row_problems(stage)]
+        if isinstance(stage, Segment):
+            problems += [problem.under(prefix) for problem in _label_problems(stage)]
         problems += [problem.under(prefix) for problem in _functions(stage)]
     if problems:
         raise RecipeError(source, problems)
@@ -98,6 +100,17 @@ def _row_problems(stage: Eval) -> Iterator[Problem]:
                 load_processbench(evaluation.path, evaluation.limit)
             except (ValueError, OSError) as error:
                 yield Problem(f"evals.{name}.path", str(error), remedy="give a ProcessBench file")
+
+
+def _label_problems(stage: Segment) -> Iterator[Problem]:
+    """Labels that a segment stage would learn, and that no span of its data has, if they are at hand."""
+    columns = _columns(stage.data) if isinstance(stage.data, Jsonl | Parquet | ToxicSpans | QaFeedback) else ()
+    if isinstance(columns, Problem) or "spans" not in columns:
+        return
+    from rlhf_kit.data.annotations import labels_of
+    from rlhf_kit.data.load import load_data
+
+    yield from stage.unknown_labels(labels_of(load_data(stage.data)["spans"]))
 
 
 def _columns(config: DataConfig) -> tuple[str, ...] | Problem:

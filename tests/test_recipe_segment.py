@@ -73,8 +73,24 @@ def test_a_trained_segment_model_rewards_the_policy_of_the_next_stage(recipe, tm
     assert (tmp_path / "runs" / "recipe" / "report.html").is_file()
 
 
-def test_the_plan_says_what_is_learnt(recipe) -> None:
-    path = recipe(labels={"low": ["low"], "odd": ["a", "b"]}, segments={"by": "sentence"})
+def test_a_label_that_no_span_of_the_data_has_is_found_without_a_model(recipe, tmp_path) -> None:
+    path = recipe({"labels": {"Low": -1.0}}, labels=["Low"])
+    with pytest.raises(RecipeError) as error:
+        check_data(load_recipe(path), path)
+    (problem,) = map(str, error.value.problems)
+    said = "stages.spans.labels: no span of data has this label (value 'Low'); did you mean 'low'? (they have low)"
+    assert problem == said
+    rows = tmp_path / "sentences.jsonl"
+    rows.write_text(json.dumps({"text": "0 1", "sentences": [{"text": "0 1", "label": "low"}]}))
+    path = recipe(data={"type": "jsonl", "path": str(rows)})
+    check_data(load_recipe(path), path)
+
+
+def test_the_plan_says_what_is_learnt(recipe, tmp_path) -> None:
+    spans = [{"start": 0, "end": 1, "label": label} for label in ("low", "a", "b")]
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "0 1", "spans": spans}))
+    data = {"type": "jsonl", "path": str(tmp_path / "odd.jsonl")}
+    path = recipe(labels={"low": ["low"], "odd": ["a", "b"]}, segments={"by": "sentence"}, data=data)
     loaded = load_recipe(path)
     check_data(loaded, path)
     assert ("segments", "sentence: low, odd, or none") in plan(loaded, 1)[0][1]
@@ -85,6 +101,9 @@ def test_the_plan_says_what_is_learnt(recipe) -> None:
     [
         ({"labels": []}, "labels", "at least 1"),
         ({"labels": ["none"]}, "labels", "class of what no span marks"),
+        ({"labels": ["low", "low"]}, "labels", "stands for a class more than once (value 'low')"),
+        ({"labels": {"a": ["low"], "b": ["high", "low"]}}, "labels", "stands for a class more than once (value 'low')"),
+        ({"labels": {"a": ["low"], "b": []}}, "labels.b", "no label stands for this class"),
         ({"segments": {"by": "turn"}}, "segments.by", "one turn"),
         ({"segments": {"by": "step", "pattern": "("}}, "segments.pattern", "no regular expression"),
         ({"class_weights": {"high": 2.0}}, "class_weights.high", "the classes are none, low"),

@@ -1,6 +1,7 @@
 """Texts with annotated spans: reading of two human data sets, and from characters to the labels of segments.
 
-A row is `prompt, text, spans`; a span is `{start, end, label}` and counts the characters of `text`.
+A row is `prompt, text, spans`; a span is `{start, end, label}` and counts the characters of `text`. Instead of spans it
+may have `sentences`, each `{text, label}`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import ast
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_kit.rollout import CharRange
@@ -125,9 +126,47 @@ def check_spans(text: Any, spans: Any) -> None:
     for span in spans:
         if not isinstance(span, Mapping) or not {"start", "end", "label"} <= span.keys():
             raise ValueError(f"spans has {_shown(span)}, which is no {{start, end, label}}")
+        if not isinstance(span["label"], str | None):
+            raise ValueError(f"spans has {_shown(span)}, whose label is no text")
         start, end = span["start"], span["end"]
         if type(start) is not int or type(end) is not int or not 0 <= start <= end <= len(text):
             raise ValueError(f"spans has {_shown(span)}, and the text has {len(text)} characters")
+
+
+def has_sentences(rows: Iterable[Any]) -> bool:
+    """Whether a column `sentences` holds labelled ones: what it holds first is a list of `{text, label}`, or empty."""
+    first = next((sentences for sentences in rows if sentences), None)
+    return isinstance(first, list) and isinstance(first[0], Mapping) and {"text", "label"} <= first[0].keys()
+
+
+def sentence_spans(text: Any, sentences: Any) -> list[dict[str, Any]]:
+    """The spans of labelled sentences; one whose label is null has none.
+
+    A sentence stands in `text` where it is found first behind the one before.
+
+    Raises:
+        ValueError: it is no `{text, label}`, or does not stand there.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"text is no text but {_shown(text)}")
+    if not isinstance(sentences, Sequence | None) or isinstance(sentences, str):
+        raise ValueError(f"sentences is no list of {{text, label}} but {_shown(sentences)}")
+    spans, place = [], 0
+    for sentence in sentences or ():
+        if not isinstance(sentence, Mapping) or not sentence.get("text") or "label" not in sentence:
+            raise ValueError(f"sentences has {_shown(sentence)}, which is no {{text, label}}")
+        start = text.find(sentence["text"], place)
+        if start < 0:
+            raise ValueError(f"sentences has {_shown(sentence['text'])}, which text has not, behind those before")
+        place = start + len(sentence["text"])
+        if sentence["label"] is not None:
+            spans.append({"start": start, "end": place, "label": sentence["label"]})
+    return spans
+
+
+def labels_of(rows: Iterable[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The labels of all spans, each once, in the order in which they occur."""
+    return list(dict.fromkeys(label for spans in rows for span in spans if (label := span["label"]) is not None))
 
 
 def segment_labels(

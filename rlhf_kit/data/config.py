@@ -22,7 +22,9 @@ class DataBase(Config):
     `prompt_template` wraps a text prompt (`"Q: {prompt}\\nA:"`); `chat` turns text prompts and
     completions into messages, with `system` as the first.
 
-    Rows that have `chosen` and `rejected` and no prompt share one: what both begin with.
+    Rows that have `chosen` and `rejected` and no prompt share one: what both begin with. Annotated texts have `text`
+    and `spans`, a list of `{start, end, label}`; or `sentences`, a list of `{text, label}` in their order, with a label
+    of null where there is nothing to mark.
     """
 
     columns: dict[str, str] = Field(default_factory=dict)

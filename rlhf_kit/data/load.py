@@ -40,7 +40,7 @@ from rlhf_kit.data.marketplace import marketplace
 from rlhf_kit.data.messages import completion_like, completion_messages, is_messages, prompt_messages
 from rlhf_kit.data.mixing import with_replay
 from rlhf_kit.data.perturbations import corrupted_prompts, perturbed_rows
-from rlhf_kit.data.shaping import Row, renamed, selection, with_prompts, with_templates
+from rlhf_kit.data.shaping import Row, renamed, selection, with_prompts, with_spans, with_templates
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.tool_tasks import tool_arithmetic
 from rlhf_kit.data.verifiers import verify
@@ -86,7 +86,7 @@ def load_with_origins(config: DataConfig, sampler: Sampler | None = None) -> tup
     source = _source(config)
     dataset = _sampled(config, sampler) if isinstance(config, Sampled) else READERS[type(config)](config)
     dataset = renamed(dataset, config.columns, source)
-    dataset = with_prompts(dataset, source)
+    dataset = with_prompts(with_spans(dataset, source), source)
     numbers = selection(dataset, config, source)
     dataset = dataset.select(numbers)
     if isinstance(config, Gsm8kSolutions | QaFeedback):

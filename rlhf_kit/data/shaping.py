@@ -12,11 +12,26 @@ import pyarrow
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
+from rlhf_kit.data.annotations import has_sentences, sentence_spans
 from rlhf_kit.data.config import DataBase
 from rlhf_kit.data.implicit_prompts import opening, split_pair
 from rlhf_kit.data.messages import is_messages
 
 Row = dict[str, Any]
+
+
+def with_spans(dataset: Dataset, source: str) -> Dataset:
+    """Texts whose `sentences` are labelled have the spans of these."""
+    names = set(dataset.column_names)
+    if not {"text", "sentences"} <= names or "spans" in names or not has_sentences(dataset["sentences"]):
+        return dataset
+    spans = []
+    for number, row in enumerate(dataset.to_list(), start=1):
+        try:
+            spans.append(sentence_spans(row["text"], row["sentences"]))
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+    return cast(Any, dataset).add_column("spans", spans)
 
 
 def with_prompts(dataset: Dataset, source: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from rlhf_kit.models.config import Lora, ModelConfig, Pretrained
 from rlhf_kit.objectives import ObjectiveConfig
 from rlhf_kit.pairs.config import Generation, Pairs
 from rlhf_kit.pairs.selection import SelectConfig
+from rlhf_kit.problems import Problem, did_you_mean, listed
 from rlhf_kit.rewards import RewardConfig
 from rlhf_kit.rewards.dpo_implicit import DpoImplicitConfig
 from rlhf_kit.rewards.text import Segments
@@ -57,7 +59,9 @@ class Reward(Config):
 
 
 class Segment(Config):
-    """Training of a segment reward model from annotated spans (`text, spans` rows; arXiv 2306.01693, section 3.2).
+    """Training of a segment reward model from annotated texts (arXiv 2306.01693, section 3.2).
+
+    Rows are `text, spans`, or `text, sentences` where each sentence has a label (`rlhf_kit.data.annotations`).
 
     A token classification head on any language model or encoder says at a segment's last token which of `labels` it
     has, or none; `by: token` labels each token of the model's own. `labels` are the spans' labels, each a class, or
@@ -89,6 +93,13 @@ class Segment(Config):
         """The spans' labels that stand for each class."""
         labels = self.labels
         return tuple(labels.values()) if isinstance(labels, dict) else tuple((label,) for label in labels)
+
+    def unknown_labels(self, known: Collection[str]) -> Iterator[Problem]:
+        """Labels that no span of the data has; `known` are those that they have."""
+        for label in [label for labels in self.marks for label in labels if label not in known]:
+            remedy = f"they have {listed(known) or 'none at all'}"
+            close = did_you_mean(label, known)
+            yield Problem("labels", "no span of data has this label", label, f"{close} ({remedy})" if close else remedy)
 
 
 class HeldOutEvaluation(Evaluation):

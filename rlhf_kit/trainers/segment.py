@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from rlhf_kit.data.annotations import ranges_of, segment_labels
+from rlhf_kit.data.annotations import labels_of, ranges_of, segment_labels
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.messages import completion_text, prompt_text
 from rlhf_kit.errors import RunError
@@ -49,7 +49,8 @@ def run_segment(stage: Segment, run: StageRun) -> dict[str, Any]:
     """Train the model, write `model/` with `segments.json`, and return the stage's results.
 
     Raises:
-        RunError: the data have no annotated texts, or none that the model can read.
+        RunError: the data have no annotated texts, none that the model can read, or none with a label or a class that
+            is to be learnt.
     """
     args = build_args(TrainingArguments, run, stage.trainer.args, remove_unused_columns=False, label_names=["labels"])
     set_seed(args.seed)
@@ -57,9 +58,13 @@ def run_segment(stage: Segment, run: StageRun) -> dict[str, Any]:
     check_tokenizer(tokenizer)
     held_out = read_texts(stage, "eval_data") if stage.eval_data is not None else []
     rows = without(read_texts(stage, "data"), held_out)
+    unknown = [str(problem) for problem in stage.unknown_labels(labels_of(row.spans for row in rows))]
+    if unknown:
+        raise RunError("\n".join(unknown))
     model = load_token_classifier(stage.model, (NONE, *stage.classes), stage.layers)
     longest = longest_input(cast(nn.Module, model), tokenizer)
     encoded = encode_texts(stage, rows, tokenizer, longest)
+    check_classes(stage, encoded["labels"][:])
     evaluates = bool(held_out) and args.eval_strategy != "no"
     weights = class_weights(stage, encoded["labels"][:])
     trainer = Trainer(
@@ -100,8 +105,9 @@ def read_texts(stage: Segment, field: str) -> list[Annotated]:
     missing = [name for name in ("text", "spans") if name not in data.column_names]
     if missing:
         raise RunError(
-            f"segment learns from texts with spans, and {field} has no {' and no '.join(missing)}, only "
-            f"{', '.join(data.column_names)}: name them in {field}.columns, as in {{text: completion}}"
+            f"segment learns from texts with spans, or with sentences that have labels, and {field} has no "
+            f"{' and no '.join(missing)}, only {', '.join(data.column_names)}: name them in {field}.columns, as in "
+            "{text: completion}"
         )
     template = stage.prompt_template
     return [
@@ -138,7 +144,7 @@ def encode_texts(
             continue
         labels = [IGNORED] * len(found)
         if stage.segments.by == "token":
-            ends = [(part, k) for part, k in zip(found.offsets, found.tokens, strict=True) if part[0] < part[1]]
+            ends = found.parts
         else:
             ends = [(part, found.last_token(part)) for part in stage.segments.within(row.text)]
         classes = segment_labels([part for part, _ in ends], row.spans, stage.marks, stage.min_overlap)
@@ -152,6 +158,21 @@ def encode_texts(
     if not encoded:
         raise RunError(f"none of the {len(rows)} texts can be read by the model, whose limit is {longest} tokens")
     return Dataset.from_list(encoded)
+
+
+def check_classes(stage: Segment, labels: Sequence[Sequence[int]]) -> None:
+    """Refuse a class that no segment has to learn from.
+
+    Raises:
+        RunError: with these classes.
+    """
+    given = {label for row in labels for label in row}
+    missing = [name for k, name in enumerate(stage.classes, start=1) if k not in given]
+    if missing:
+        raise RunError(
+            f"no segment of the texts that the model can read has the class {' or '.join(missing)}: its spans are in "
+            "texts that are too long, or cover too little of the segments (min_overlap), or others cover more"
+        )
 
 
 def _collate(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -196,15 +217,27 @@ Verdicts = list[tuple[list[CharRange], list[int]]]
 
 
 def judge(stage: Segment, classifier: Classifier, rows: Sequence[Annotated], run: StageRun) -> Verdicts:
-    """Each text's segments and the likeliest class of each; a text that is too long has the class none throughout."""
+    """Each text's segments and the likeliest class of each: none where the model could not read it.
+
+    It reads no text that is too long, and no segment of which its tokenizer leaves nothing.
+    """
     segments = [None if stage.segments.by == "token" else stage.segments.within(row.text) for row in rows]
     prompts, texts = [row.prompt for row in rows], [row.text for row in rows]
     found = classifier(prompts, texts, segments, run.on_batch("evaluation"))
-    verdicts = []
-    for parts, verdict in zip(segments, found, strict=True):
-        ranges, classes = (parts or [], [0] * len(parts or [])) if verdict is None else (verdict[0], None)
-        verdicts.append((ranges, classes if verdict is None else verdict[1].argmax(dim=-1).tolist()))
+    verdicts: Verdicts = []
+    for row, parts, verdict in zip(rows, segments, found, strict=True):
+        classes = [] if verdict is None else verdict[1].argmax(dim=-1).tolist()
+        if parts is None and verdict is not None:
+            verdicts.append((verdict[0], classes))
+            continue
+        read = {} if verdict is None else dict(zip(verdict[0], classes, strict=True))
+        parts = _own_tokens(classifier, row) if parts is None else parts
+        verdicts.append((parts, [read.get(part, 0) for part in parts]))
     return verdicts
+
+
+def _own_tokens(classifier: Classifier, row: Annotated) -> list[CharRange]:
+    return [part for part, _ in encode(classifier.tokenizer, row.prompt, row.text).parts]
 
 
 def evaluate(stage: Segment, rows: Sequence[Annotated], found: Verdicts) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from rlhf_kit.data.annotations import (
     check_spans,
     contiguous,
     covered,
+    labels_of,
     nearest,
     qa_feedback_rows,
     ranges_of,
     segment_labels,
+    sentence_spans,
     toxic_spans_rows,
 )
 from rlhf_kit.data.config import Jsonl, QaFeedback, ToxicSpans
@@ -204,3 +207,45 @@ def test_a_segment_has_the_class_that_covers_most_of_it() -> None:
     classes = [("a", "c"), ("b",)]
     assert segment_labels(segments, spans, classes) == [2, 1, 1, 0]
     assert segment_labels(segments, spans, classes, min_overlap=0.2) == [2, 0, 0, 0]
+
+
+# --- sentences ---
+
+
+def test_sentences_stand_where_they_follow_each_other(tmp_path: Path) -> None:
+    rows = [
+        {"text": "No. No. Yes!", "sentences": [{"text": "No.", "label": None}, {"text": "No.", "label": "wrong"}]},
+        {"text": "Yes!", "sentences": None},
+        {"text": " Yes!", "sentences": [{"text": "Yes!", "label": "wrong"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = load_data(Jsonl(type="jsonl", path=str(tmp_path / "rows.jsonl")))
+    spans = [[(span["start"], span["end"], span["label"]) for span in row] for row in read["spans"]]
+    assert spans == [[(4, 7, "wrong")], [], [(1, 5, "wrong")]]
+    assert read["prompt"][:] == ["", "", ""]
+    assert labels_of(read["spans"]) == ["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("sentences", "said"),
+    [
+        ([{"text": "No.", "label": "a"}, {"text": "It is.", "label": "b"}], "'It is.', which text has not, behind"),
+        ([{"text": "", "label": "a"}], "which is no {text, label}"),
+        ([{"text": "It is."}], "which is no {text, label}"),
+        ("It is.", "no list of {text, label}"),
+    ],
+)
+def test_what_is_no_sentence_of_the_text_is_refused(sentences: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        sentence_spans("It is. No.", sentences)
+
+
+def test_the_row_of_a_wrong_sentence_is_named_and_other_columns_of_that_name_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "Yes.", "sentences": [{"text": said, "label": "a"}]} for said in ("Yes.", "No.")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: sentences has 'No\.', which text has not"):
+        load_data(Jsonl(type="jsonl", path=str(path)))
+    for other in (3, ["Yes."], [{"text": "Yes."}], []):
+        path.write_text(json.dumps({"prompt": "p", "text": "Yes.", "sentences": other}))
+        assert "spans" not in load_data(Jsonl(type="jsonl", path=str(path))).column_names

@@ -19,7 +19,15 @@ from rlhf_kit.models.classifiers import Classifier, load_token_classifier
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.rewards.segment_model import SegmentModelConfig, read_segment_record
 from rlhf_kit.trainers.config import Segment
-from rlhf_kit.trainers.segment import class_weights, encode_texts, evaluate, read_texts, run_segment, segment_loss
+from rlhf_kit.trainers.segment import (
+    class_weights,
+    encode_texts,
+    evaluate,
+    judge,
+    read_texts,
+    run_segment,
+    segment_loss,
+)
 from rlhf_kit.trainers.setup import StageRun
 
 TEXTS = ["the film was bad", "the story was good", "I like it", "the film was good and the story was bad"]
@@ -202,9 +210,92 @@ def test_held_out_texts_are_not_learnt_and_long_ones_are_left_out(stage, write, 
         run_segment(stage(write(annotated(long[-1:]))), StageRun(tmp_path / "none"))
 
 
+def test_a_label_that_no_training_span_has_is_refused_before_training(stage, write, tmp_path) -> None:
+    data, held_out = write(annotated(TEXTS)), write(annotated(TEXTS[:1]), "held_out")
+    said = r"no span of data has this label \(value 'bad'\); did you mean 'Bad'\? \(they have Bad\)"
+    for labels in (["bad"], {"bad": ["Bad", "bad"]}):
+        with pytest.raises(RunError, match=said):
+            run_segment(stage(data, labels=labels), StageRun(tmp_path / "run"))
+    with pytest.raises(RunError, match=r"label \(value 'Bad'\); they have none at all"):
+        run_segment(stage(write(annotated(["good"]), "good")), StageRun(tmp_path / "run"))
+    only = write(annotated([TEXTS[0], "good"]), "only")  # what marks anything is held out
+    with pytest.raises(RunError, match="they have none at all"):
+        run_segment(stage(only, eval_data=held_out), StageRun(tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "fields"),
+    [
+        (["good", "bad " * 2000], {}),
+        (TEXTS, {"segments": {"by": "completion"}, "min_overlap": 0.5}),
+    ],
+)
+def test_a_class_that_no_readable_segment_has_is_refused(stage, write, tmp_path, texts, fields) -> None:
+    with pytest.raises(RunError, match="no segment of the texts that the model can read has the class bad"):
+        run_segment(stage(write(annotated(texts)), **fields), StageRun(tmp_path / "run"))
+
+
+def test_sentences_with_labels_are_learnt_as_spans_are(stage, write, talker, tmp_path) -> None:
+    texts = ["I like it. the film was bad.", "the story was bad. bad", "it was good"]
+    sentences = [
+        [{"text": "I like it.", "label": None}, {"text": "the film was bad.", "label": "Bad"}],
+        [{"text": "the story was bad.", "label": None}, {"text": "bad", "label": "Bad"}],
+        [],
+    ]
+    spans = [[(11, 28)], [(19, 22)], []]
+    marked = [[{"start": start, "end": end, "label": "Bad"} for start, end in row] for row in spans]
+    by_sentence = write([{"text": t, "sentences": s} for t, s in zip(texts, sentences, strict=True)])
+    by_span = write([{"text": t, "spans": s} for t, s in zip(texts, marked, strict=True)], "spans")
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    encoded = []
+    for data in (by_sentence, by_span):
+        given = stage(data, segments={"by": "sentence"}, min_overlap=0.5)
+        encoded.append(encode_texts(given, read_texts(given, "data"), tokenizer, 1000).to_list())
+    assert encoded[0] == encoded[1] and sum(row["labels"].count(1) for row in encoded[0]) == 2
+    assert run_segment(stage(by_sentence), StageRun(tmp_path / "run"))["texts"] == 3
+
+
+def test_what_cannot_be_read_of_a_held_out_text_is_missed(stage, write, talker) -> None:
+    texts = ["it was bad", "bad " * 40]
+    given = stage(write(annotated(texts)))
+    rows = read_texts(given, "data")
+    model = load_token_classifier(Pretrained(path=str(talker)), ("none", "bad"))
+    head: Any = model
+    torch.nn.init.zeros_(head.score.weight)
+    head.score.bias.data = torch.tensor([0.0, 1.0])  # everything is bad
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    classifier = Classifier(head.eval(), tokenizer)
+    classifier.longest = 20
+    for by in ("token", "step"):
+        cut = stage(write(annotated(texts)), segments={"by": by, **({"pattern": r"\s+"} if by == "step" else {})})
+        found = judge(cut, classifier, rows, StageRun(Path()))
+        assert [set(classes) for _, classes in found] == [{1}, {0}]
+        short = sum(start < 10 and end > 7 for start, end in found[0][0])  # segments of the one "bad" that is read
+        gold = short + sum(part[0] < part[1] and texts[1][slice(*part)].strip() != "" for part in found[1][0])
+        scores = evaluate(cut, rows, found)
+        assert scores["precision/bad"] == pytest.approx(short / len(found[0][0]))
+        assert scores["recall/bad"] == pytest.approx(short / gold) and scores["recall/bad"] < 0.1
+
+
+def test_a_segment_that_the_tokenizer_drops_is_judged_none(stage, write) -> None:
+    class Dropping:
+        """A classifier that leaves the second segment of every text out, and finds the others bad."""
+
+        def __call__(self, prompts: Any, texts: Any, segments: Any, on_batch: Any) -> Any:
+            kept = [[part for k, part in enumerate(parts) if k != 1] for parts in segments]
+            return [(parts, torch.tensor([[0.0, 1.0]] * len(parts))) for parts in kept]
+
+    given = stage(write(annotated(["bad bad it"])), segments={"by": "step", "pattern": r"\s+"})
+    rows = read_texts(given, "data")
+    found = judge(given, Dropping(), rows, StageRun(Path()))  # type: ignore[arg-type]
+    assert found == [([(0, 3), (4, 7), (8, 10)], [1, 0, 1])]
+    assert evaluate(given, rows, found)["recall/bad"] == 0.5
+
+
 def test_data_without_spans_are_refused(stage, write, tmp_path) -> None:
     data = write([{"prompt": "a", "completion": "b"}])
-    with pytest.raises(RunError, match="data has no text and no spans, only prompt, completion"):
+    with pytest.raises(RunError, match="labels, and data has no text and no spans, only prompt, completion"):
         run_segment(stage(data), StageRun(tmp_path / "run"))
 
 
