@@ -13,26 +13,14 @@ under what the customer knows when asked. With independent q, and options cheape
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_kit.data.claims import claims
 from rlhf_kit.data.marketplace import Market
 
 Mode = Literal["none", "partial", "oracle"]
-
-_NO = r"no|not|lacks?|without|cannot|can't|does(?:n't| not)(?: have)?|do(?:n't| not)(?: have)?|has no|have no"
-_UNKNOWN = (
-    r"unknown|may or may not(?: have)?|may(?: have)?|might(?: have)?|cannot say|can't say|not sure|unsure|not known"
-    r"|not specified|not stated|unclear|do(?:n't| not) know|does(?:n't| not) say"
-)
-_YES = r"yes|has|have|comes? with|includes?|offers?|features?"
-_BARE = r"\b(?P<bare>[A-E])\b(?=\s+(?:yes|no|unknown|has|have|lacks|does|may|might|comes)\b)"
-_NAMED = r"\b[Oo]ptions?\s+(?P<named>[A-E](?:(?:\s*,\s*(?:and\s+)?|\s+and\s+|\s+or\s+|\s*/\s*)[A-E])*)\b"
-_TOKEN = re.compile(
-    rf"(?P<end>[.;!?\n](?=\s|$))|{_NAMED}|{_BARE}|\b(?:(?P<unknown>{_UNKNOWN})|(?P<no>{_NO})|(?P<yes>{_YES}))\b"
-)
 
 
 @dataclass(frozen=True)
@@ -99,44 +87,6 @@ def revealed(market: Market, believed: Sequence[float], decision: int | None, mo
     """Beliefs after hindsight: of the option bought (`partial`), of all options (`oracle`), or of none."""
     known = {"none": (), "partial": (decision,), "oracle": range(len(market.options))}[mode]
     return [float(market.has[k]) if k in known else belief for k, belief in enumerate(believed)]
-
-
-def claims(text: str, market: Market) -> dict[str, bool]:
-    """What a completion claims of the requirement, by option; the last claim on an option counts.
-
-    It reads "B yes" and sentences in which the options stand before their verb: "Options A and B have a timer", "Option
-    C lacks it", "Option A has a lid but no timer". A verb whose object is only another feature of the data sheet claims
-    nothing, nor does "unknown", "may have" and the like, which also take back what was said before. Other ways of
-    saying it are not understood: a language model as the judge reads those.
-    """
-    found: dict[str, bool] = {}
-    pending: list[str] = []
-    answered = False
-    matches = list(_TOKEN.finditer(text))
-    for number, match in enumerate(matches, 1):
-        end = matches[number].start() if number < len(matches) else len(text)
-        if match["named"] or match["bare"]:
-            names = re.findall(r"[A-E]", match["named"] or match["bare"])
-            pending = names if answered else [*pending, *names]
-            answered = False
-        elif match["end"]:
-            pending, answered = [], False
-        elif _is_about(text[match.end() : end], market):
-            for option in pending:
-                found.pop(option, None)
-                if option in market.options and not match["unknown"]:
-                    found[option] = bool(match["yes"])
-            answered = True
-    return found
-
-
-def _is_about(words: str, market: Market) -> bool:
-    """Whether the object of a verb is the requirement: it is named, or no other feature is."""
-
-    def named(feature: str) -> bool:
-        return re.sub(r"^an? ", "", feature.lower()) in words.lower()
-
-    return named(market.requirement) or not any(named(feature) for feature in market.features)
 
 
 def customer_view(market: Market) -> str:
