@@ -1,13 +1,14 @@
-"""Satisfaction against true utility: PPO on immediate, partial and oracle feedback in the marketplace.
+"""Satisfaction against true utility: immediate, partial and oracle feedback in the marketplace, by PPO or by DPO.
 
-For each seed one consultant is trained with supervision by `recipes/rlhs/marketplace.yaml`, and each mode of feedback
-trains it on. Every consultant then says one thing, sampled at temperature 1, to each of the held-out customers, whom no
-stage trains on; the rule-based customer decides. Printed are, with 95 % intervals over customers (and, in the last
-rows, t-intervals over seeds): what the customer feels when buying (`immediate`), when told what came of the purchase
-(`partial`), and the true utility, which is what it feels when told everything; how many buy; and the share of claims
-that are false. `honest` repeats the data sheet: what a consultant can do who knows no more.
+For each seed one consultant is trained with supervision by `recipes/rlhs/marketplace.yaml` (or `marketplace-dpo.yaml`),
+and each mode of feedback trains it on: as a reward, or as the preference in pairs. Every consultant then says one
+thing, sampled at temperature 1, to each of the held-out customers, whom no stage trains on; the rule-based customer
+decides. Printed are, with 95 % intervals over customers (and, in the last rows, t-intervals over seeds): what the
+customer feels when buying (`immediate`), when told what came of the purchase (`partial`), and the true utility, which
+is what it feels when told everything; how many buy; and the share of claims that are false. `honest` repeats the data
+sheet: what a consultant can do who knows no more.
 
-    python benchmarks/marketplace.py OUT [--seeds 0 1 2] [recipe overrides ...]
+    python benchmarks/marketplace.py OUT [--by ppo | dpo] [--seeds 0 1 2] [recipe overrides ...]
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from typing import Any, cast
 from rlhf_kit.data.customer import claims, experience
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.marketplace import market_of
-from rlhf_kit.recipe import load_recipe
-from rlhf_kit.trainers.config import Ppo
+from rlhf_kit.recipe import Recipe, load_recipe
+from rlhf_kit.trainers.config import Ppo, Preference
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "rlhs" / "marketplace.yaml"
+RECIPES = Path(__file__).parent.parent / "recipes" / "rlhs"
+FILES = {"ppo": "marketplace.yaml", "dpo": "marketplace-dpo.yaml"}
+STAGES = {"ppo": ("ppo",), "dpo": ("pairs", "dpo")}  # after the supervised one
+MODE = {"ppo": "stages.ppo.rewards.0.mode", "dpo": "stages.pairs.builder.mode"}
 MODES = ("none", "partial", "oracle")
 MEASURES = ("immediate", "partial", "utility", "bought", "false claims")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -34,12 +38,13 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--by", choices=tuple(FILES), default="ppo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     results: dict[str, list[dict[str, tuple[float, float]]]] = {}
     for seed in given.seeds:
-        for arm, measured in run(given.out, seed, given.overrides):
+        for arm, measured in run(given.out, given.by, seed, given.overrides):
             results.setdefault(arm, []).append(measured)
             print(f"seed {seed}  {arm:8s} " + "  ".join(_shown(name, *measured[name]) for name in MEASURES), flush=True)
     if len(given.seeds) > 1:
@@ -49,31 +54,44 @@ def main() -> None:
     (given.out / "results.json").write_text(json.dumps(results, indent=2))
 
 
-def run(out: Path, seed: int, overrides: Sequence[str]) -> Iterable[tuple[str, dict[str, tuple[float, float]]]]:
+def run(
+    out: Path, by: str, seed: int, overrides: Sequence[str]
+) -> Iterable[tuple[str, dict[str, tuple[float, float]]]]:
     """Trains what is not there yet, and measures each consultant."""
     from rlhf_kit.runs.pipeline import run_pipeline
 
-    common = [f"runs_dir={out}", f"seed={seed}"]
-    start = load_recipe(RECIPE, [*common, f"name=sft-{seed}", "~stages.ppo", *_of("sft", overrides)])
+    common, stages = [f"runs_dir={out}", f"seed={seed}"], STAGES[by]
+    removed = [f"~stages.{stage}" for stage in stages]
+    start = load_recipe(RECIPES / FILES[by], [*common, f"name=sft-{seed}", *removed, *_of(("sft",), overrides)])
     run_pipeline(start)
     model = start.stage_folder("sft") / "model"
     held_out: list[dict[str, Any]] = []
     for mode in MODES:
-        arm = [f"name={mode}-{seed}", "~stages.sft", f"stages.ppo.model.path={model}"]
-        arm += [f"stages.ppo.rewards.0.mode={mode}", *_of("ppo", overrides)]
-        recipe = load_recipe(RECIPE, [*common, *arm])
+        arm = [f"name={mode}-{seed}", "~stages.sft", *(f"stages.{stage}.model.path={model}" for stage in stages)]
+        arm += [f"{MODE[by]}={mode}", *_of(stages, overrides)]
+        recipe = load_recipe(RECIPES / FILES[by], [*common, *arm])
         if not held_out:
-            stage = cast(Ppo, recipe.stages["ppo"])
-            assert stage.eval_data is not None
-            held_out = [dict(row) for row in load_data(stage.eval_data).to_list()]
+            held_out = _held_out(recipe)
             yield "honest", measure(held_out, [row["honest"] for row in held_out])
             yield "start", measure(held_out, sampled(model, held_out, seed))
         run_pipeline(recipe)
-        yield mode, measure(held_out, sampled(recipe.stage_folder("ppo") / "model", held_out, seed))
+        yield mode, measure(held_out, sampled(recipe.stage_folder(stages[-1]) / "model", held_out, seed))
 
 
-def _of(stage: str, overrides: Sequence[str]) -> list[str]:
-    return [override for override in overrides if override.startswith(f"stages.{stage}.")]
+def _held_out(recipe: Recipe) -> list[dict[str, Any]]:
+    """The customers whom the last stage looks at."""
+    (*_, stage) = recipe.stages.values()
+    if isinstance(stage, Preference):
+        assert stage.evaluation is not None
+        data = stage.evaluation.data
+    else:
+        data = cast(Ppo, stage).eval_data
+    assert data is not None
+    return [dict(row) for row in load_data(data).to_list()]
+
+
+def _of(stages: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if override.startswith(tuple(f"stages.{stage}." for stage in stages))]
 
 
 def sampled(model: Path, rows: Sequence[dict[str, Any]], seed: int) -> list[str]:

@@ -156,7 +156,8 @@ def test_orders_that_contradict_each_other_or_tie_make_no_pair(serve, odds, reas
 def test_a_prompt_is_answered_once_and_a_completion_criticised_once(serve, tmp_path: Path) -> None:
     expert = Expert(lambda first, second: float(first > second) - 0.5)
     path = write(tmp_path / "rows.jsonl", [("Say a letter.", ["a", "b", "c"]), ("Say nothing.", ["d"])])
-    rows, _ = built(tmp_path / "run", asking(path, serve(expert)))
+    fields = {**asking(path, serve(expert)), "generation": {"prompts_at_once": 1}}  # the second chunk has no pair
+    rows, _ = built(tmp_path / "run", fields)
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("b", "a"), ("c", "a"), ("c", "b")]
     assert (expert.count(CRITICISM), expert.count(PREFERENCE), len(expert.requests)) == (3, 6, 1 + 3 + 6)
 
