@@ -98,6 +98,30 @@ def test_what_a_stage_cannot_use_is_said_with_its_field(stage: dict[str, Any], s
     assert said in problem
 
 
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({}, "item"),
+        ({"judge": JUDGE, "decisions": ["buy", "go"]}, "item"),  # what comes of it says the marketplace's rule
+        ({"judge": JUDGE, "world": "judge"}, "options"),
+        ({"judge": JUDGE, "mode": "none"}, "options"),
+    ],
+)
+def test_hindsight_needs_a_market_or_something_to_decide(fields: dict[str, Any], missing: str, problems: Any) -> None:
+    stage = {**PPO, "rewards": [{"type": "hindsight", **fields}]}
+    said = problems({**stage, "data": jsonl()})
+    assert len(said) == (8 if missing == "item" else 1)
+    assert said[0].startswith(f"data: reward 'hindsight' reads {missing}, and there is only prompt, gold, said")
+    assert problems({**stage, "data": {"type": "marketplace", "size": 4}}) == []
+
+
+def test_hindsight_with_decisions_or_options_of_its_own_needs_no_market(problems: Any) -> None:
+    source = {"type": "hindsight", "judge": JUDGE, "world": "judge"}
+    assert problems({**PPO, "rewards": [{**source, "decisions": ["buy", "go"]}], "data": jsonl()}) == []
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "p", "options": ["buy", "go"]}))
+    assert problems({**PPO, "rewards": [source], "data": jsonl()}) == []
+
+
 def test_the_remedy_names_a_column_that_is_there(problems: Any) -> None:
     (problem,) = problems({**SFT, "data": jsonl()})
     assert problem.endswith("name the one that holds it, as in columns: {completion: said}")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from rlhf_kit.errors import RunError
-from rlhf_kit.models.config import SEQUENCE_HEAD, Lora, Pretrained
+from rlhf_kit.models.config import SEQUENCE_HEAD, TOKEN_HEAD, Lora, Pretrained
 from rlhf_kit.models.loading import holds_adapter, load_model, lora_config
 from rlhf_kit.models.zero3 import load_undivided
 from rlhf_kit.rollout import CharRange
@@ -229,7 +229,7 @@ def load_classifier(path: str, dtype: str, device: torch.device) -> PreTrainedMo
     """
     architectures = AutoConfig.from_pretrained(path).architectures or []
     names = [str(name) for name in architectures]
-    if not any(name.endswith(("ForTokenClassification", SEQUENCE_HEAD)) for name in names):
+    if not any(name.endswith((TOKEN_HEAD, SEQUENCE_HEAD)) for name in names):
         raise RunError(
             f"{path} holds {', '.join(names) or 'no known model'}, and a segment model has a token or sequence "
             "classification head: train one with a stage of type segment"

@@ -37,6 +37,7 @@ class Pretrained(Config):
 
 RUNNING_SUMS_MODULUS = 23
 SEQUENCE_HEAD = "ForSequenceClassification"  # how the classes of these models are named
+TOKEN_HEAD = "ForTokenClassification"
 
 
 class Scratch(Config):

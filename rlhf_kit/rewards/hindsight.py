@@ -29,7 +29,8 @@ class HindsightConfig(Simulation, SourceConfig):
 
     What the user knows by then, who it is and what it may do says `Simulation`. A `rating` from 1 to 5 is scaled to
     `(rating - 3) / 2`; a `preference` is `2 P(preferred) - 1`, the mean over the other completions of the same prompt
-    on this process.
+    on this process. The log has `satisfaction` where the user is the rule, or rates: what a language model prefers says
+    nothing of how content it is, for over the completions of a prompt the mean of P is 1/2 whatever they are.
     """
 
     type: Literal["hindsight"]

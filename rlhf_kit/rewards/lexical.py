@@ -287,10 +287,8 @@ class LexicalConfig(TextSourceConfig):
         if missing:
             what = f"needs packages that are not installed ({', '.join(missing)})"
             yield Problem("measure.type", what, self.measure.type, "pip install 'rlhf-kit[lexical]'")
-        if self.measure.whole and (self.placement, self.per_segment) != ("end", "sum"):
-            field = "placement" if self.placement != "end" else "per_segment"
-            what = f"does nothing where whole completions are measured ({self.measure.type})"
-            yield Problem(field, what, getattr(self, field), "remove it")
+        if self.measure.whole:
+            yield from self.unused_problems(self.measure.type)
 
     def build(self, context: BuildContext) -> Lexical:
         return Lexical(self)

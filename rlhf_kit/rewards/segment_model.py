@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_kit.config import Config, Location
-from rlhf_kit.models.config import SEQUENCE_HEAD, Pretrained, Scratch
+from rlhf_kit.models.config import SEQUENCE_HEAD, TOKEN_HEAD, Pretrained, Scratch
 from rlhf_kit.problems import Problem, did_you_mean, listed
 from rlhf_kit.rewards.config import BuildContext, SourceConfig
 from rlhf_kit.rewards.text import Judged, Segments, TextSource, TextSourceConfig
@@ -74,14 +74,21 @@ class SegmentModelConfig(TextSourceConfig):
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             remedy = "write {prompt} where it goes, or remove it"
             yield Problem("prompt_template", "does not say where the {prompt} goes", self.prompt_template, remedy)
+        if self.level == "completion":
+            yield from self.unused_problems("level: completion", "placement")
         folder = Path(self.path)
         if not (folder / "config.json").is_file():
             return  # of an earlier stage, or on the hub
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = [str(name) for name in model.get("architectures") or ()]
+        if names and not any(name.endswith((TOKEN_HEAD, SEQUENCE_HEAD)) for name in names):
+            what = f"holds {listed(names)}, and a segment model has a token or sequence classification head"
+            yield Problem("path", what, self.path, "train one with a stage of type segment")
+            return
         if self.segments is None and not (folder / SEGMENT_RECORD).is_file():
             remedy = "write how it cuts, as in segments: {by: sentence}"
             yield Problem("segments", f"{self.path} has no {SEGMENT_RECORD} that says it", remedy=remedy)
-        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        reads_sequences = any(str(name).endswith(SEQUENCE_HEAD) for name in model.get("architectures") or ())
+        reads_sequences = any(name.endswith(SEQUENCE_HEAD) for name in names)
         if reads_sequences and self._cut_in(folder) == "token":
             remedy = "set segments, as in segments: {by: sentence}"
             yield Problem("segments.by", f"{self.path} classifies sequences, not tokens", "token", remedy)

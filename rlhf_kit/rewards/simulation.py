@@ -53,10 +53,17 @@ class Simulation(Config):
 
     @property
     def user_columns(self) -> tuple[str, ...]:
-        """The columns of the data that the user cannot do without."""
+        """The columns of the data that the user cannot do without: a market's, or what it may do."""
         from rlhf_kit.data.marketplace import Market
 
-        return tuple(Market.__dataclass_fields__) if self.judge == "rule" else ()
+        if self.needs_truth:
+            return tuple(Market.__dataclass_fields__)
+        return () if self.decisions else ("options",)
+
+    @property
+    def needs_truth(self) -> bool:
+        """Whether it cannot do without the marketplace's truth."""
+        return self.judge == "rule" or (self.world == "rule" and self.mode != "none")
 
     @property
     def feedback_choices(self) -> tuple[str, ...]:
@@ -131,8 +138,7 @@ class Simulation(Config):
         if market is not None:
             return market_scene(prompt, text, market)
         decisions = tuple(_options(columns.get("options"), where) or self.decisions)
-        needs_truth = self.judge == "rule" or (self.world == "rule" and self.mode != "none")
-        if needs_truth or not 2 <= len(decisions) <= MOST_DECISIONS:
+        if self.needs_truth or not 2 <= len(decisions) <= MOST_DECISIONS:
             return None
         return Scene(prompt, text, decisions)
 

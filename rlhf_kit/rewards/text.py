@@ -93,6 +93,13 @@ class TextSourceConfig(SourceConfig):
     def kind(self) -> Literal["outcome", "process"]:
         return "process"
 
+    def unused_problems(self, measured: str, *fields: str) -> Iterator[Problem]:
+        """Those of `fields` (all) that are set where whole completions are measured; `measured` says by what."""
+        for name in fields or ("placement", "per_segment"):
+            if getattr(self, name) != TextSourceConfig.model_fields[name].default:
+                what = f"does nothing where whole completions are measured ({measured})"
+                yield Problem(name, what, getattr(self, name), "remove it")
+
 
 @dataclass(frozen=True)
 class Judged:

@@ -59,6 +59,13 @@ class YesNoConfig(TextSourceConfig):
     def problems(self, policy: Pretrained | Scratch, rewards: Sequence[SourceConfig]) -> Iterator[Problem]:
         if self.yes.strip().lower() == self.no.strip().lower():
             yield Problem("no", "is the same word as yes", self.no, "give two words that begin differently")
+        for field in ("yes", "no"):
+            if not getattr(self, field).strip():
+                yield Problem(field, "is no word", getattr(self, field), "write what the answer may begin with")
+        if not all(question.strip() for question in self.questions):
+            yield Problem("questions", "asks nothing", list(self.questions), "write a question that yes or no answers")
+        if self.kind == "outcome":
+            yield from self.unused_problems("segments.by: completion")
         yield from judge_problems(self.judge)
         yield from (problem.under("segments") for problem in self.segments.problems())
         yield from prompt_problems(self.prompt, self.placeholders)

@@ -193,7 +193,7 @@ class User:
         if PREFERENCE in prompt:
             first, second = stories(prompt)
             odds = self.odds(first, second)
-            return Reply(top=[("1", -1.0 + odds / 2), ("2", -1.0 - odds / 2)])
+            return Reply(top=[("1", -9.0 + odds / 2), ("2", -9.0 - odds / 2)])
         return Reply(f"You did {prompt.split(WORLD)[1].split()[0]}.")
 
 
@@ -321,7 +321,7 @@ def test_the_marketplaces_truth_with_a_language_model_as_the_customer(serve, tmp
         first, second = stories(prompt)
         assert first[1] == second[1] == "Option A does not have a timer."
         odds = 1.0 if HONEST in first[0] else -1.0
-        return Reply(top=[("1", -1.0 + odds / 2), ("2", -1.0 - odds / 2)])
+        return Reply(top=[("1", -9.0 + odds / 2), ("2", -9.0 - odds / 2)])
 
     path = write(tmp_path / "rows.jsonl", [[LIE, HONEST]], **vars(MARKET))
     ((row,), _) = built(tmp_path / "run", asking(path, serve(customer), world="rule"))
@@ -402,7 +402,10 @@ def test_the_columns_that_it_reads() -> None:
         return stage({**MARKETS, "builder": {"type": "hindsight", **builder}}).builder.columns
 
     assert columns() == tuple(vars(MARKET)) and columns(completions="said") == (*vars(MARKET), "said")
-    assert columns(judge={"type": "policy"}, completions="said") == ("said",)
+    judge = {"judge": {"type": "policy"}, "completions": "said"}
+    assert columns(**judge) == (*vars(MARKET), "said")  # whose rule says what comes of a decision
+    assert columns(**judge, mode="none") == columns(**judge, world="judge") == ("options", "said")
+    assert columns(**judge, world="judge", decisions=["go", "stay"]) == ("said",)
 
 
 def test_completions_that_are_no_list_are_named(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Expert:
         if PREFERENCE in prompt:
             self.seen.append(read(prompt))
             odds = self.odds(*self.halves(prompt))
-            return Reply(top=[("A", -1.0 + odds / 2), ("B", -1.0 - odds / 2)])
+            return Reply(top=[("A", -9.0 + odds / 2), ("B", -9.0 - odds / 2)])
         return Reply(RIGHT if "spider" in prompt else "No idea.")
 
     def halves(self, prompt: str) -> tuple[str, str]:

@@ -268,6 +268,15 @@ def test_a_comparison_that_failed_is_left_out() -> None:
     assert scored.status.tolist() == [OK, FAILED, OK]
 
 
+def test_a_language_models_preferences_have_a_mean_of_0_and_are_no_satisfaction() -> None:
+    user, _ = judge_user(believer)
+    config = {"mode": "none", "judge": {"type": "policy"}}
+    preferred = source(user, feedback="preference", **config).score(rollout_of([HONEST, LIE, HIDES]))
+    assert preferred.tokens.sum().item() == pytest.approx(0, abs=1e-6)
+    assert "satisfaction" not in preferred.metrics and "true_utility" in preferred.metrics
+    assert "satisfaction" in source(user, **config).score(rollout_of([HONEST, LIE, HIDES])).metrics
+
+
 def test_any_dialogue_with_options_of_its_own() -> None:
     user, judge = judge_user(lambda prompt, choices: ("5" if "5" in choices else "B") if choices else "It rained.")
     user.world = judge

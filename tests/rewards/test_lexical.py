@@ -309,6 +309,11 @@ def test_what_cannot_work_is_said_with_its_place(measure, fields, path, said) ->
     assert problem.path == path and said in problem.message and problem.remedy
 
 
+def test_all_that_does_nothing_is_said() -> None:
+    unused = config({"type": "length", "target": 5}, placement="each", per_segment="mean")
+    assert [problem.path for problem in unused.problems(None, [])] == ["placement", "per_segment"]  # pyright: ignore
+
+
 def test_an_unknown_measure_is_refused() -> None:
     with pytest.raises(ValidationError, match="length"):
         config({"type": "spelling"})

@@ -368,6 +368,22 @@ def test_a_sequence_classifier_is_not_asked_about_tokens(critic, record, segment
     assert list(whole.problems(Pretrained(path="policy"), [whole])) == []
 
 
+def test_a_language_model_is_no_segment_model(talker) -> None:
+    fields = {"type": "segment_model", "path": str(talker), "labels": {"bad": 1.0}, "segments": {"by": "sentence"}}
+    config = SegmentModelConfig.model_validate(fields)
+    (problem,) = config.problems(Pretrained(path="policy"), [config])
+    assert problem.path == "path" and "holds LlamaForCausalLM, and a segment model has" in str(problem)
+
+
+def test_an_outcome_has_no_placement_and_a_mean(critic) -> None:
+    fields = {"type": "segment_model", "path": critic(), "labels": {"bad": 1.0}, "segments": {"by": "token"}}
+    config = SegmentModelConfig.model_validate({**fields, "placement": "spread", "per_segment": "mean"})
+    assert list(config.problems(Pretrained(path="policy"), [config])) == []
+    whole = config.model_copy(update={"level": "completion"})
+    (problem,) = whole.problems(Pretrained(path="policy"), [whole])
+    assert problem.path == "placement" and "does nothing where whole completions are measured" in str(problem)
+
+
 def test_what_only_the_model_can_tell_is_an_error_of_the_run(critic, talker, sampled) -> None:
     with pytest.raises(RunError, match="has no label 'bed', only none, bad"):
         build(critic(), labels={"bed": 1.0}, segments={"by": "token"})

@@ -183,6 +183,27 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path: Path) -> N
         config(questions=[])
 
 
+@pytest.mark.parametrize(
+    ("fields", "path", "said"),
+    [
+        ({"questions": ""}, "questions", "asks nothing"),
+        ({"questions": ["Is it good?", " \n"]}, "questions", "asks nothing"),
+        ({"yes": "  "}, "yes", "is no word"),
+        ({"no": ""}, "no", "is no word"),
+        ({"placement": "spread"}, "placement", "does nothing where whole completions are measured"),
+        ({"per_segment": "mean"}, "per_segment", "does nothing where whole completions are measured"),
+    ],
+)
+def test_what_asks_nothing_or_does_nothing_is_said(fields: dict[str, Any], path: str, said: str) -> None:
+    (problem,) = config(**fields).problems(POLICY, [])
+    assert problem.path == path and said in str(problem) and problem.remedy
+
+
+def test_placement_is_that_of_segments() -> None:
+    by_sentence = config(segments={"by": "sentence"}, placement="spread", per_segment="mean")
+    assert list(by_sentence.problems(POLICY, [])) == []
+
+
 def test_a_raw_probability_of_a_completion_is_an_outcome() -> None:
     assert config().labels_outcomes
     assert not config(scale=10, center=0.5).labels_outcomes
