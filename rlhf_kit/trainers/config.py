@@ -150,6 +150,10 @@ class Credit(Config):
     alone (`immediate`). `whiten` standardises advantages over the action tokens of all ranks. `scale: group`
     divides by the group's standard deviation (GRPO). Steps of `min_form` end where `step_pattern` matches; it takes the
     minimum over each process source (the KL penalty is one) apart, and adds what they give.
+
+    A group in which a single completion could be judged has nothing to compare it with: it is left out, unless the
+    estimator is `gae` or `reinforce`, without `scale: group`, to which it is a sample like any other.
+    `credit/small_groups` is the share of the completions that are alone in their group, left out or not.
     """
 
     estimator: Literal["gae", "rloo", "group", "reinforce", "prime", "min_form"]
@@ -165,6 +169,11 @@ class Credit(Config):
     def compares_completions(self) -> bool:
         """Whether an advantage depends on the other completions of the prompt."""
         return self.estimator in ("rloo", "group", "prime", "min_form")
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a completion without another of its prompt has no advantage."""
+        return self.compares_completions or self.scale == "group"
 
 
 class Critic(Config):

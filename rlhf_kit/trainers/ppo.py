@@ -239,10 +239,11 @@ class PpoTrainer(CreditTrainer):
 
     def _episode(self, rollout: Rollout, scores: Scores, truncated: Tensor, state_values: Tensor | None) -> Episode:
         mask, valid = self.ranks.all_rows(rollout.action_mask), self.ranks.all_rows(scores.valid)
-        if self.config.credit.compares_completions:
+        if rollout.group_size > 1:
             crowd = valid.view(-1, rollout.group_size).sum(dim=1).repeat_interleave(rollout.group_size)
             scores.metrics["credit/small_groups"] = ((crowd == 1) & valid).float().mean().item()
-            valid = valid & (crowd > 1)
+            if self.config.credit.needs_groups:
+                valid = valid & (crowd > 1)
         values = bootstrap = steps = None
         length = rollout.action_mask.shape[1]
         if state_values is not None:

@@ -284,6 +284,41 @@ def test_truncation_bootstrap_goes_on_with_the_critics_value(cut_off) -> None:
         assert row["advantages"] == pytest.approx(advantages, abs=1e-5)
 
 
+# -- not judged --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("credit", "left_out"),
+    [
+        ({"estimator": "rloo"}, 4),
+        ({"estimator": "group"}, 4),
+        ({"estimator": "reinforce"}, 3),
+        ({"estimator": "gae"}, 3),
+        ({"estimator": "reinforce", "scale": "group"}, 4),
+        ({"estimator": "gae", "scale": "batch"}, 3),
+    ],
+    ids=str,
+)
+def test_a_completion_alone_in_its_group_counts_where_none_are_compared(credit, left_out, build, logged) -> None:
+    def one_of_the_first(prompts, completions, **_):
+        broken = [0 < place < 4 for place in range(len(prompts))]
+        return [math.nan if fails else score for fails, score in zip(broken, words(completions), strict=True)]
+
+    trainer = build(
+        functions={"one_of_the_first": one_of_the_first},
+        rewards=[{"type": "function", "function": "one_of_the_first"}],
+        credit={"whiten": False, **credit},
+        args={"max_steps": 1},
+    )
+    trainer.train()
+    (log,) = logged(trainer)
+    assert log["credit/small_groups"] == pytest.approx(1 / 8)
+    assert log["credit/dropped_rows"] == pytest.approx(left_out / 8)
+    first, *failed = trainer.samples[0][:4]
+    assert any(first["advantages"]) == (left_out == 3)
+    assert not any(value for row in failed for value in row["advantages"])
+
+
 # -- runs that would end without an error and without a change -----------------------------------------------------
 
 
