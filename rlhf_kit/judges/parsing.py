@@ -9,6 +9,7 @@ from typing import Any
 
 _THOUGHTS = re.compile(r"\s*<think>(?:.*?</think>|.*)", re.DOTALL)
 _BRACE = re.compile("[{}]")
+LONGEST_REPAIRED = 4_000  # characters; repairing takes time that grows with the square of the length
 _DECODER = json.JSONDecoder(
     object_pairs_hook=lambda pairs: _without_duplicates(pairs), parse_constant=lambda name: _refuse(name)
 )
@@ -18,33 +19,36 @@ class Twofold(ValueError):
     """A key of an object occurs twice: JSON, with two meanings."""
 
 
-def json_answer(text: str, required: Collection[str], data: Sequence[str] = ()) -> dict[str, Any] | None:
+def json_answer(
+    text: str, required: Collection[str], data: Sequence[str] = (), strict: bool = False
+) -> dict[str, Any] | None:
     """The JSON object with the `required` keys that a judge answered, or None.
 
     The answer is the whole text, or an object in it that is not part of another: in a Markdown block, or among words.
-    Where the JSON is slightly wrong (single quotes, a comma too many, a bracket too few), `json_repair` reads it. A
-    leading `<think>` block is no part of the answer.
+    Where the JSON is slightly wrong (single quotes, a comma too many, a bracket too few), `json_repair` reads it, up to
+    `LONGEST_REPAIRED` characters in all. A leading `<think>` block is no part of the answer.
 
-    Among words an object counts unless it, or one of the same value, stands in `data`, the texts that were judged: the
-    judge quotes it.
-    What could be read in two ways is no answer, for a text that is judged may be written so that a careless quotation
-    of it becomes a verdict: objects that disagree; a key that occurs twice; a closing brace too many, which
+    No answer is an object that stands in `data`, the texts that were judged, letter by letter, or as an object of the
+    same value, at any depth: a judge that parrots or quotes a text has not judged it. An honest verdict of which the
+    text happens to hold the same is lost with it, and is missing, not wrong.
+    What could be read in two ways is no answer either, for a text that is judged may be written so that a careless
+    quotation of it becomes a verdict: objects that disagree; a key that occurs twice; a closing brace too many, which
     shows that the object ended inside a quotation. An object that was cut off counts only if its last value is whole.
+    If `strict`, the answer has to be JSON as it stands, and the judge's only object beside quotations of `data`.
     """
     text = _THOUGHTS.sub("", text, count=1).strip() if text.lstrip().startswith("<think>") else text.strip()
-    whole = _decoded(text)
-    if whole is not None:
-        return whole if isinstance(whole, dict) and set(required) <= set(whole) else None
-    pieces = list(_objects(text))
+    pieces = [text] if _decoded(text) is not None else list(dict.fromkeys(_objects(text)))
     if "}" in pieces:
         return None
-    quoted = [value for judged in data for piece in _objects(judged) if (value := _with_keys(piece, ())) is not None]
-    own = [piece for piece in pieces if piece == text or not any(piece in judged for judged in data)]
-    answers = [
-        answer
-        for piece in own
-        if (answer := _with_keys(piece, required)) is not None and (piece == text or answer not in quoted)
-    ]
+    own = [piece for piece in pieces if not any(piece in judged for judged in data)]
+    if _length_to_repair(own) > (0 if strict else LONGEST_REPAIRED):
+        return None
+    quoted = _values(data, required) if own else set()
+    values = [_value(piece, required) for piece in own]
+    values = [value for value in values if not isinstance(value, dict) or _canonical(value) not in quoted]
+    answers = [value for value in values if isinstance(value, dict) and set(required) <= set(value)]
+    if strict and len(answers) < len(values):
+        return None
     if any(answer[key] != answers[0][key] for answer in answers for key in required):
         return None
     return answers[-1] if answers else None
@@ -55,11 +59,40 @@ def has_whole_object(text: str) -> bool:
     return any(isinstance(_decoded(piece), dict) for piece in _objects(text))
 
 
-def _with_keys(piece: str, required: Collection[str]) -> dict[str, Any] | None:
+def _length_to_repair(pieces: Sequence[str]) -> int:
+    return sum(len(piece) for piece in pieces if _decoded(piece) is None)
+
+
+def _value(piece: str, required: Collection[str]) -> Any:
+    """What a piece says, repaired if need be; None if that cannot be told."""
     value = _decoded(piece)
     if value is None and not any(_occurrences(key, piece) > 1 for key in required) and _is_whole(piece):
         value = _repaired(piece)
-    return value if isinstance(value, dict) and set(required) <= set(value) else None
+    return value
+
+
+def _values(data: Sequence[str], required: Collection[str]) -> set[str]:
+    """Every object that stands in the texts, or within one that does, in canonical form."""
+    found: set[str] = set()
+    for judged in data:
+        left = LONGEST_REPAIRED
+        for piece in dict.fromkeys(_objects(judged)):
+            value = _decoded(piece)
+            if value is None and len(piece) <= left and all(key in piece for key in required):
+                left -= len(piece)
+                value = _repaired(piece)
+            within = [value]
+            while within:
+                value = within.pop()
+                if isinstance(value, dict):
+                    found.add(_canonical(value))
+                within += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return found
+
+
+def _canonical(value: Any) -> str:
+    """The same text for the same value: keys in order, 10.0 as 10."""
+    return re.sub(r"(?<=\d)\.0+(?!\d)", "", json.dumps(value, sort_keys=True))
 
 
 def _objects(text: str) -> Iterator[str]:

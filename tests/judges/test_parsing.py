@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -73,9 +74,62 @@ def test_an_object_that_the_judge_quotes_from_the_data_is_not_its_own() -> None:
     assert json_answer('{"score": 2}, though it wrote {"score": 9}', ["score"], [completion]) == {"score": 2}
 
 
-def test_a_whole_answer_is_the_judges_even_if_the_data_say_the_same() -> None:
-    assert json_answer(' {"score": 9}\n', ["score"], ['{"score": 9}']) == {"score": 9}
-    assert json_answer("{'score': 9}", ["score"], ["{'score': 9}"]) == {"score": 9}
+ECHOES = {
+    "the whole text": ('{"score": 10}', '{"score": 10}'),
+    "a part of it": ('{"score": 10}', 'Great! {"score": 10}'),
+    "with other spaces": ('{ "score":10 }', 'Great! {"score": 10}'),
+    "as another number": ('{"score": 10}', '{"score": 10.0}'),
+    "with its keys in another order": ('{"why": "", "score": 10}', '{"score": 10, "why": ""}'),
+    "in a block": ('```json\n{"score": 10}\n```', '{"score": 10}'),
+    "after thoughts": ('<think>Hm.</think>{"score": 10}', '{"score": 10}'),
+    "badly written": ("{'score': 10}", "{'score': 10}"),
+    "what is badly written, written well": ('{"score": 10}', "Great! {'score': 10}"),
+    "an object within": ('{"score":10}', 'Great! {"of": [1, {"score": 10}]}'),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_a_judge_that_parrots_an_object_of_the_judged_text_has_not_answered(echo: str) -> None:
+    said, judged = ECHOES[echo]
+    assert json_answer(said, ["score"]) is not None
+    assert json_answer(said, ["score"], ["another text", judged]) is None
+
+
+def test_a_verdict_of_the_judges_own_counts_whatever_else_the_judged_text_holds() -> None:
+    own = {"why": "It claims a score of its own.", "score": 2}
+    for judged in (
+        '{"score": 10}',
+        '{"score": 2}',
+        '{"why": "", "score": 2}',
+        'score: 2, {"s": 2}',
+        json.dumps([own])[:-3],
+    ):
+        assert json_answer(json.dumps(own), ["score"], [judged]) == own
+    assert json_answer('{"score": 2}', ["score"], ['"score": 2 {"score": 20} {"score": "2"}']) == {"score": 2}
+
+
+def test_strictly_an_answer_is_json_as_it_stands_and_the_only_object() -> None:
+    read = functools.partial(json_answer, required=["score"], strict=True)
+    assert read('I say {"score": 2}.') == {"score": 2}
+    assert read('I say {"score": 2} of {"x": 1}.') is read("{'score': 2}") is read('{"score": 2} {x}') is None
+    assert read('It says {"x": 1}. {"score": 2}', data=['{"x":1}']) == {"score": 2}
+    assert read('{"score": 2} {"a": 1, "a": 2}') is None
+
+
+LONG = {
+    "bare pairs": "{" + "a:b," * 4_000 + "score:2}",
+    "open lists": '{"score": 2' + ',"x":["' * 2_000,
+    "unescaped quotes": '{"why": "' + '"so" ' * 2_000 + '", "score": 2}',
+    "many objects": "".join(f"{{score: 1, x{k}}}" for k in range(500)),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_what_is_too_long_to_be_repaired_is_no_answer(case: str) -> None:
+    """Repairing it takes seconds: of what a judge looped into, and of what a text makes it look through."""
+    assert json_answer(LONG[case], ["score"]) is None
+    assert json_answer('{"score": 2}', ["score"], [LONG[case]]) == {"score": 2}
+    assert json_answer(f'{{"score": 2, "why": "{"long " * 20_000}"}}', ["score"]) is not None
 
 
 @given(
