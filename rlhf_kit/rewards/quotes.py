@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, TypeGuard
 
 from rlhf_kit.data.messages import dialogue_text
 from rlhf_kit.judges.parsing import json_answer
 from rlhf_kit.rollout import CharRange, Text
 
 VERDICTS = ("good", "bad")
-_IMITATION = re.compile(r"""\bverdict\b["']?\s*:""")
+FIELDS = {"quote", "verdict", "occurrence"}
+# The words of an answer, or an escape that may spell one.
+_IMITATION = re.compile(r"\b(?:spans|quote|verdict|occurrence)\b|\\[ux][0-9a-fA-F]{2}")
+_QUOTE = re.compile(r'"quote"\s*:\s*("(?:[^"\\]|\\.)*")')
+_ESCAPED_KEY = re.compile(r'\\u[0-9a-fA-F]{4}[^"\\:]*"\s*:')
+_LAYOUT = re.compile(r"""[\s"'`“”„‘’«»]+""")  # what a judge may change when it copies
 
 
 @dataclass
@@ -34,56 +40,70 @@ def read_answer(answer: str, text: str, prompt: Text = "") -> Reading | None:
 
     A quote means its occurrence of that number or, where it has none, its first that no entry before it has named. An
     entry is dropped that quotes nothing or what does not occur (so often), names what an entry before it has named
-    with the same verdict, or has no verdict. An answer is unreadable if it is not the JSON that was asked for, none of
-    its entries has a quote and a verdict, or two of them may be one quotation of a text that imitates an answer.
+    with the same verdict, or has no verdict. An answer is unreadable if it is not the JSON that was asked for, or none
+    of its entries has a quote and a verdict.
+
+    A critic that quotes `a", "verdict": "good"}, {"quote": "b` without escaping it has written two entries, of which
+    the first is none of its own. So where a text that it reads has words of an answer, its answer is unreadable unless
+    it is JSON to the letter with nothing in it but what was asked for, and unless two entries, with what stands between
+    them, stand in no such text.
     """
-    value = json_answer(answer, ["spans"], data=[text, dialogue_text(prompt)])
+    data = [text, dialogue_text(prompt)]
+    imitations = [judged for judged in data if _IMITATION.search(judged)]
+    value = json_answer(answer, ["spans"], data, strict=bool(imitations))
     if value is None or not isinstance(value["spans"], list):
         return None
     entries = [entry if _is_entry(entry) else None for entry in value["spans"]]
-    quotes = [entry["quote"] for entry in entries if entry is not None]
-    if (entries and not quotes) or _may_be_quoted(quotes, answer, [text, dialogue_text(prompt)]):
+    if entries and not any(entries):
+        return None
+    exact = set(value) == {"spans"} and all(map(_is_exact, entries)) and not _ESCAPED_KEY.search(answer)
+    if imitations and (not exact or _is_quoted(answer, imitations)):
         return None
     reading = Reading()
+    places = {quote: occurrences(quote, text) for quote in {entry["quote"] for entry in entries if entry is not None}}
+    named: set[CharRange] = set()
+    found: set[tuple[CharRange, bool]] = set()
     for entry in entries:
-        named = [place for place, _ in reading.spans]
-        place = None if entry is None else locate(entry["quote"], entry.get("occurrence"), text, named)
+        place = None if entry is None else locate(places[entry["quote"]], entry.get("occurrence"), named)
         span = None if entry is None or place is None else (place, entry["verdict"] == "good")
-        if span is None or span in reading.spans:
+        if span is None or span in found:
             reading.dropped += 1
         else:
             reading.spans.append(span)
+            found.add(span)
+            named.add(span[0])
     return reading
 
 
-def _is_entry(entry: object) -> bool:
+def _is_entry(entry: object) -> TypeGuard[dict[str, Any]]:
     """Whether part of an answer has the form that was asked for."""
     return isinstance(entry, dict) and isinstance(entry.get("quote"), str) and entry.get("verdict") in VERDICTS
 
 
-def _may_be_quoted(quotes: Sequence[str], answer: str, data: Sequence[str]) -> bool:
-    """Whether entries of an answer may be part of a quotation, where a judged text imitates an answer.
+def _is_exact(entry: dict[str, Any] | None) -> bool:
+    """Whether an entry is one, and has no field beside those that were asked for."""
+    if entry is None or not set(entry) <= FIELDS:
+        return False
+    occurrence = entry.get("occurrence")
+    return occurrence is None or (isinstance(occurrence, int) and not isinstance(occurrence, bool))
 
-    A critic that quotes `a", "verdict": "good"}, {"quote": "b` without escaping it has written two entries, of which
-    the first is none of its own. So then every quote has to be a JSON string, and what stands between two of them must
-    not stand in the text with both.
-    """
-    imitations = [text for text in data if _IMITATION.search(text)]
-    if imitations and any(json.dumps(quote, ensure_ascii=False) not in answer for quote in quotes):
-        return True
-    for quote, following in pairwise(quotes):
-        between = re.escape(quote) + r"""["'][^{}]*\}\s*,\s*\{[^{}]*["']""" + re.escape(following)
-        if any(match[0] in text for match in re.finditer(between, answer) for text in imitations):
+
+def _is_quoted(answer: str, texts: Sequence[str]) -> bool:
+    """Whether two quotes of an answer stand in a text with all that stands between them."""
+    bare = [_LAYOUT.sub("", text) for text in texts]
+    for one, other in pairwise(_QUOTE.finditer(answer)):
+        first, second = (json.loads(match[1], strict=False) for match in (one, other))
+        passage = _LAYOUT.sub("", first + answer[one.end() : other.start(1)] + second)
+        if any(passage in text for text in bare):
             return True
     return False
 
 
-def locate(quote: str, occurrence: object, text: str, named: Sequence[CharRange] = ()) -> CharRange | None:
-    """The range of `text` that a quote means, or None.
+def locate(places: Sequence[CharRange], occurrence: object, named: Collection[CharRange] = ()) -> CharRange | None:
+    """The range that a quote means, of those where it stands, or None.
 
     With an `occurrence`, counted from 1, it is that one, and else the first that is not in `named`.
     """
-    places = occurrences(quote, text)
     if occurrence is None:
         return next((place for place in places if place not in named), None)
     if isinstance(occurrence, bool) or not isinstance(occurrence, int) or not 1 <= occurrence <= len(places):
