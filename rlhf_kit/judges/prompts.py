@@ -9,8 +9,14 @@ from pathlib import Path
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _MARK_LENGTH = 16  # hexadecimal digits
-# What chat templates are made of: a text that spells it could end its own turn and begin the judge's.
-_CONTROL = re.compile(r"<\|[^<>\n]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<｜[^<>\n]{1,40}｜>")
+# What chat templates are made of: a text that spells it could end its own turn and begin the judge's. These are the words
+# of Llama, Qwen, Phi and others between bars, of Mistral and BERT in brackets, of Gemma, T5, GLM, Cohere and NVIDIA.
+_CONTROL = re.compile(
+    r"<[|｜][^<>\n]{1,40}[|｜]>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|(?:AVAILABLE_)?TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|ARGS"
+    r"|CALL_ID|THINK|MODEL_SETTINGS|PREFIX|MIDDLE|SUFFIX|IMG(?:_BREAK|_END)?|AUDIO|BEGIN_AUDIO|CLS|SEP|PAD|UNK|MASK"
+    r"|[gs]MASK)\]|(?i:</?(?:s|(?:bos|eos|pad|unk|cls|sep|mask|eot|eom|eod|sop|eop)(?:_token)?|(?:start|end)_of_[a-z]{1,20}"
+    r"|(?:extra_id_|unused|special_|reserved_)\d{1,5})>)"
+)
 
 
 def fill(template: str, **values: str) -> str:
@@ -44,7 +50,8 @@ def fenced(text: str, what: str) -> str:
 
     The mark is a hash of the text. A text that holds its own mark would be a fixed point of SHA-256; should it hold
     one nevertheless, the hash is hashed again. The same text gets the same fence, so that a request can be recorded.
-    Words that control chat templates are broken up by a space, so that a server reads them as text.
+    Words that control the chat templates that are known here are broken up by a space, so that a server reads them as
+    text.
     """
     text = _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
