@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -20,17 +20,27 @@ Row = dict[str, Any]
 
 _PIECE = re.compile(r"\w+|[^\w\s]")
 _NUMBER = re.compile(r"\d+")
-# A capitalised word that opens no sentence, with those that follow it.
-_ENTITY = re.compile(r"(?<=[\w,;:()'\"] )[A-Z][\w'-]*(?: [A-Z][\w'-]*)*")
+# A capitalised word that opens no sentence, with those that follow it; "I" and "I'm" are no names.
+_ENTITY = re.compile(r"(?<=[\w,;:()'\"] )(?!I\b)[A-Z][\w'-]*(?: (?!I\b)[A-Z][\w'-]*)*")
 _WORD = re.compile(r"\b[^\W\d_]{4,}\b")
-_VERB = re.compile(r"\b(?:is|are|was|were|can|could|will|would|should|must|has|have|had|does|do|did)\b(?! not\b|n't)")
-_NEGATION = re.compile(r"(?<=\w) not\b")
+_AUXILIARY = "is|are|was|were|can|could|will|would|should|must|has|have|had|does|do|did"
+# One that is neither contracted nor negated, nor stands behind another ("could do") or an infinitive's "to".
+_VERB = re.compile(rf"(?<!\bto )(?<!['’-])\b(?:{_AUXILIARY})\b(?!['’-]|n['’]t\b| n['’]t\b| not\b)")
+_BEHIND_VERB = re.compile(rf"\b(?:{_AUXILIARY}|cannot|\w+['’](?:t|ve|d|ll|re|s|m))\s+$", re.IGNORECASE)
+_CONTRACTED = {"can": "can", "won": "will", "shan": "shall"}
+_NEGATION = re.compile(
+    rf"(?<=\w) (?:not|n['’]t)\b|\b(?:can|won|shan|(?:{_AUXILIARY}|need|might)n)['’]t\b|\bcannot\b", re.IGNORECASE
+)
+_TRIES = 8  # at a version of a text that is not there yet
 _LONGEST_STRETCH = 6  # words that are deleted or repeated at once
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What the other rows offer in place of a piece of text; all distinct, in order of appearance."""
+    """What the rows offer in place of a piece of text; all distinct, in order of appearance.
+
+    A text gets only what it does not hold itself, which is then another row's.
+    """
 
     entities: tuple[str, ...]
     words: tuple[str, ...]
@@ -42,7 +52,8 @@ def perturbed_rows(
     """Rows `prompt, text, spans, edit` of `texts`: each as it is, without a span, and `per_text` edited versions.
 
     Each version is made by one edit, drawn from those of `edits` that this text allows: a text without a number has
-    none to change. A text that allows none gives no edited version. The same seed gives the same rows.
+    none to change. No two versions of a text are the same; a text that allows fewer gives fewer, or none. The same seed
+    gives the same rows.
     """
     plain = [completion_text(text) for text in texts]
     pool = pool_of(plain)
@@ -51,14 +62,27 @@ def perturbed_rows(
         if originals:
             rows.append({"prompt": prompt, "text": text, "spans": [], "edit": ""})
         chance = random.Random(f"perturb {seed} {number}")
-        for _ in range(per_text):
-            for edit in chance.sample(list(edits), len(edits)):
-                edited = perturb(text, edit, pool, chance)
-                if edited is not None:
-                    spans = [{"start": a, "end": b, "label": edit} for a, b in changed_ranges(text, edited)]
-                    rows.append({"prompt": prompt, "text": edited, "spans": spans, "edit": edit})
-                    break
+        versions: dict[str, str] = {}
+        while len(versions) < per_text and (version := _new_version(text, edits, pool, chance, versions)) is not None:
+            versions[version[0]] = version[1]
+        for edited, edit in versions.items():
+            spans = [{"start": a, "end": b, "label": edit} for a, b in changed_ranges(text, edited)]
+            rows.append({"prompt": prompt, "text": edited, "spans": spans, "edit": edit})
     return rows
+
+
+def _new_version(
+    text: str, edits: Sequence[str], pool: Pool, chance: random.Random, versions: Collection[str]
+) -> tuple[str, str] | None:
+    """The text after one of the edits, and which; None where none gives a version that is not among `versions`."""
+    for edit in chance.sample(list(edits), len(edits)):
+        for _ in range(_TRIES):
+            edited = perturb(text, edit, pool, chance)
+            if edited is None:
+                break
+            if edited not in versions:
+                return edited, edit
+    return None
 
 
 def corrupted_prompts(prompts: Sequence[Text], edits: Sequence[str], seed: int) -> list[Text | None]:
@@ -126,10 +150,12 @@ def _pick(pattern: re.Pattern[str], text: str, chance: random.Random) -> re.Matc
     return chance.choice(matches) if matches else None
 
 
-def _other(found: str, choices: Sequence[str], chance: random.Random) -> str | None:
-    """One of `choices` that is another word than `found`, whatever its case."""
-    for choice in chance.sample(choices, min(len(choices), 8)):
-        if choice.lower() != found.lower():
+def _other(held: Collection[str], choices: Sequence[str], chance: random.Random) -> str | None:
+    """One of `choices` that is none of `held`, whatever its case."""
+    own = {piece.lower() for piece in held}
+    enough = 8 + 3 * len(own)  # each may be there in small letters, capitalised and in capitals
+    for choice in chance.sample(choices, min(len(choices), enough)):
+        if choice.lower() not in own:
             return choice
     return None
 
@@ -145,29 +171,43 @@ def _number(text: str, pool: Pool, chance: random.Random) -> str | None:
     digits = match[0]
     low = 10 ** (len(digits) - 1) if len(digits) > 1 else 0
     others = [low + (int(digits) + step - low) % (10 ** len(digits) - low) for step in (-3, -2, -1, 1, 2, 3, 10)]
-    return _put(text, match, _other(digits, [str(other) for other in others], chance))
+    return _put(text, match, _other([digits], [str(other) for other in others], chance))
 
 
 def _entity(text: str, pool: Pool, chance: random.Random) -> str | None:
     match = _pick(_ENTITY, text, chance)
-    return None if match is None else _put(text, match, _other(match[0], pool.entities, chance))
+    return None if match is None else _put(text, match, _other(_ENTITY.findall(text), pool.entities, chance))
 
 
 def _word(text: str, pool: Pool, chance: random.Random) -> str | None:
     match = _pick(_WORD, text, chance)
     if match is None:
         return None
-    new = _other(match[0], pool.words, chance)
+    new = _other(_WORD.findall(text), pool.words, chance)
     return _put(text, match, new and (new.capitalize() if match[0][0].isupper() else new.lower()))
 
 
 def _negate(text: str, pool: Pool, chance: random.Random) -> str | None:
-    """Without a "not" that is there, else with one behind an auxiliary verb."""
+    """Without a negation that is there ("not", "can't"), else with one behind an auxiliary verb."""
     match = _pick(_NEGATION, text, chance)
     if match is not None:
-        return _put(text, match, "")
-    match = _pick(_VERB, text, chance)
+        return _put(text, match, _affirmed(match[0]))
+    verbs = [
+        verb for verb in _VERB.finditer(text) if not _BEHIND_VERB.search(text[max(0, verb.start() - 20) : verb.start()])
+    ]
+    match = chance.choice(verbs) if verbs else None
     return None if match is None else _put(text, match, f"{match[0]} not")
+
+
+def _affirmed(negation: str) -> str:
+    """What is left of a negation: "is" of "isn't", "will" of "won't", nothing of " not"."""
+    if negation.startswith(" "):
+        return ""
+    if negation.lower() == "cannot":
+        return negation[:-3]
+    stem = negation[:-2]
+    whole = _CONTRACTED.get(stem.lower(), stem[:-1])
+    return whole.upper() if negation.isupper() else whole.capitalize() if negation[0].isupper() else whole
 
 
 def _stretch(text: str, chance: random.Random) -> CharRange | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _MARK_LENGTH = 16  # hexadecimal digits
-# What chat templates are made of: a text that spells it could end its own turn and begin the judge's. These are the words
-# of Llama, Qwen, Phi and others between bars, of Mistral and BERT in brackets, of Gemma, T5, GLM, Cohere and NVIDIA.
+# What chat templates are made of: a text that spells it could end its own turn and begin the judge's. Words of Llama,
+# Qwen, Phi and others between bars, of Mistral and BERT in brackets, of Gemma, T5, GLM, Cohere and NVIDIA.
 _CONTROL = re.compile(
     r"<[|｜][^<>\n]{1,40}[|｜]>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|(?:AVAILABLE_)?TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|ARGS"
     r"|CALL_ID|THINK|MODEL_SETTINGS|PREFIX|MIDDLE|SUFFIX|IMG(?:_BREAK|_END)?|AUDIO|BEGIN_AUDIO|CLS|SEP|PAD|UNK|MASK"

@@ -87,7 +87,8 @@ def test_a_text_that_has_nothing_to_edit_so_gives_none() -> None:
     assert [perturb("yes", edit, POOL, chance) for edit in ("number", "entity", "word", "negate")] == [None] * 4
     assert perturb("yes", "delete", POOL, chance) is None
     assert perturb("", "duplicate", POOL, chance) is None
-    assert perturb("a wise word", "word", Pool((), ("Word", "wise")), chance) in ("a word word", "a wise wise")
+    assert perturb("a wise word", "word", Pool((), ("Word", "wise")), chance) is None
+    assert perturb("a wise word", "word", Pool((), ("Word", "wise", "king")), chance) in ("a king word", "a wise king")
 
 
 def test_rows_are_the_originals_and_their_edits_the_same_for_a_seed() -> None:
@@ -102,7 +103,7 @@ def test_rows_are_the_originals_and_their_edits_the_same_for_a_seed() -> None:
     edited = [row for row in rows if row["edit"]]
     assert all({span["label"] for span in row["spans"]} == {row["edit"]} for row in edited)
     assert {row["edit"] for row in make(0, edits=("negate",), originals=False)} == {"negate"}
-    assert len(make(0, edits=("negate",), originals=False)) == 4  # two texts have an auxiliary verb
+    assert len(make(0, edits=("negate",), originals=False)) == 3  # one text has two auxiliary verbs, another one
 
 
 def test_any_column_of_texts_becomes_annotated_rows(tmp_path: Path) -> None:
@@ -120,3 +121,61 @@ def test_any_column_of_texts_becomes_annotated_rows(tmp_path: Path) -> None:
     broken = config.model_copy(update={"column": "answer"})
     with pytest.raises(ValueError, match="no column 'answer' to edit, only prompt, completion"):
         load_data(broken)
+
+
+NEGATED = {
+    "I can't do it.": {"I can do it."},
+    "I can’t do it.": {"I can do it."},
+    "I won't go, you shouldn't.": {"I will go, you shouldn't.", "I won't go, you should."},
+    "Won't it?": {"Will it?"},
+    "IT ISN'T SO": {"IT IS SO"},
+    "It is NOT so.": {"It is so."},
+    "He is n't here.": {"He is here."},
+    "They cannot swim.": {"They can swim."},
+    "They could've done it.": {None},
+    "They could do it.": {"They could not do it."},
+    "They would have gone.": {"They would not have gone."},
+    "It's all that I've had to do.": {None},
+    "A can-do mood.": {None},
+    "It is late.": {"It is not late."},
+}
+
+
+@pytest.mark.parametrize("text", NEGATED)
+def test_a_negation_is_taken_away_whole_or_added_where_one_may_stand(text: str) -> None:
+    assert {perturb(text, "negate", POOL, random.Random(seed)) for seed in range(20)} == NEGATED[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Then I left.", []),
+        ("Yes, I'm glad, and I’m here.", []),
+        ("Then I met Ida Ibsen.", ["Ida Ibsen"]),
+        ("In World War I it fell to King Otto I of York.", ["World War", "King Otto", "York"]),
+        ("Bob said hi to Ann-Marie.", ["Ann-Marie"]),
+    ],
+)
+def test_i_is_no_name(text: str, names: list[str]) -> None:
+    edited = {perturb(text, "entity", Pool(("Zoe",), ()), random.Random(seed)) for seed in range(30)}
+    assert edited == ({text.replace(name, "Zoe") for name in names} or {None})
+
+
+@pytest.mark.parametrize("edit", ["entity", "word"])
+def test_names_and_words_come_from_other_rows(edit: str) -> None:
+    texts = ["We met in Paris, later in London.", "She went to Rome later.", "They like Paris and Rome."]
+    rows = perturbed_rows(texts, texts, [edit], 2, originals=False, seed=0)  # the prompt tells whose version it is
+    assert {row["prompt"] for row in rows} == {*texts}
+    for row in rows:
+        own, others = row["prompt"].lower(), " ".join(text for text in texts if text != row["prompt"]).lower()
+        (new,) = marked(row["prompt"], row["text"])
+        assert new.lower() in others and new.lower() not in own
+
+
+def test_the_versions_of_a_text_differ() -> None:
+    rows = perturbed_rows(
+        ["p", "p"], ["one one one one one one", "It is late."], ["delete", "duplicate", "negate"], 6, True, 1
+    )
+    versions = [row["text"] for row in rows]
+    assert len(versions) == len(set(versions))
+    assert [row["text"] for row in perturbed_rows(["p"], ["It is so"], ["negate"], 5, False, 0)] == ["It is not so"]
