@@ -50,7 +50,7 @@ _EMAIL = re.compile(
     rf"(?:{_LABEL}{_DOT})+{_KNOWN_TOP}"
 )
 
-_NOT_WITHIN = r"(?<![\w$€£¥₹#.,/+-])(?<!\d:)"  # a longer number, a price, a time, an address of the web
+_NOT_WITHIN = r"(?<![\w$€£¥₹#.,/+-])"  # a longer number, a price, an address of the web
 _NO_MORE = r"(?![ \t]*[$€£¥₹%]|[.,:/-]?\w)"
 _EXTENSION = r"(?:[ ,]{1,2}(?:ext\.?|extension|x)[ .]?\d{1,5})?"
 _PHONE = re.compile(
