@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_kit.errors import RunError
 from rlhf_kit.pairs.builder import COMPLETIONS, PAIRED, SFT, UNPAIRED, Builder, BuilderBase, Built, Row
-from rlhf_kit.pairs.selection import PairSelection, Threshold
+from rlhf_kit.pairs.selection import BestWorst, PairSelection, Threshold
 from rlhf_kit.problems import Problem
 from rlhf_kit.rollout import Status
 
@@ -37,12 +37,12 @@ class Sampled(BuilderBase):
 
     def problems(self, stage: Pairs) -> Iterator[Problem]:
         select, count = stage.select, stage.generation.num_generations
-        if isinstance(select, PairSelection) and count < 2:
-            yield Problem("generation.num_generations", "makes no pair", count, "write at least 2")
-        names = [source.source_name for source in stage.rewards]
-        if isinstance(select, PairSelection) and select.margin_of not in (None, *names):
-            remedy = f"write one of {', '.join(names)}" if names else "add it to rewards"
-            yield Problem("select.margin_of", "is no reward source of this stage", select.margin_of, remedy)
+        if isinstance(select, PairSelection):
+            if count < 2:
+                yield Problem("generation.num_generations", "makes no pair", count, "write at least 2")
+            yield from _margin_problems(select, [source.source_name for source in stage.rewards])
+        if stage.rewards and all(source.weight_at(0) == 0 for source in stage.rewards):
+            yield Problem("rewards", "all have weight 0, so that no completion is better", remedy="give one a weight")
         if isinstance(select, Threshold) and select.rejected >= select.chosen:
             what = f"must lie below chosen ({select.chosen:g})"
             yield Problem("select.rejected", what, select.rejected, "write less")
@@ -52,6 +52,19 @@ class Sampled(BuilderBase):
 
     def build(self, context: PairsContext) -> SampledPairs:
         return SampledPairs(context)
+
+
+def _margin_problems(select: PairSelection, sources: Sequence[str]) -> Iterator[Problem]:
+    name = select.margin_of
+    if name not in (None, *sources):
+        remedy = f"write one of {', '.join(sources)}" if sources else "add it to rewards"
+        yield Problem("select.margin_of", "is no reward source of this stage", name, remedy)
+    elif name is not None and isinstance(select, BestWorst):
+        what = "is not what best and worst are by"
+        yield Problem("select.margin_of", what, name, "write select.type: large_margin, or remove it")
+    if select.max_margin is not None and select.max_margin < select.min_margin:
+        what = f"must not lie below min_margin ({select.min_margin:g})"
+        yield Problem("select.max_margin", what, select.max_margin, "write more")
 
 
 class SampledPairs(Builder):

@@ -32,18 +32,24 @@ class Scores:
 
 
 def scores_of(stage: Pairs, completions: Sequence[Row]) -> Scores:
-    """The scores of completions with `score.SOURCE` and `status.SOURCE`, `prompt_index`, `length` and `text`.
+    """The scores of completions with `score.SOURCE` and `status.SOURCE`, `prompt_index`, `length`, `text` and
+    `truncated`.
 
     A share is the weighted sum of a source's token rewards; with `normalize` divided by the standard deviation of these
     sums over all completions. A row that a required source failed on has no score, nor has one that no source judged. A
-    row of another task, or one that a source failed on that is not required, gets nothing of it.
+    row of another task, or one that a source failed on that is not required, gets nothing of it. The penalty on length
+    is that of the completions that `select` may take, which those cut off at `max_new_tokens` mostly are not.
     """
     shares = _shares(stage, completions)
     totals = [sum(share.values()) for share in shares]
     if stage.length_debias == "none":
         return Scores(totals, shares, Debias(0.0, 0.0, 0.0))
     lengths = [row["length"] if stage.length_debias == "tokens" else len(row["text"]) for row in completions]
-    debias = length_debias(totals, lengths, [row["prompt_index"] for row in completions])
+    drops_cut = stage.select is not None and stage.select.truncated == "drop"
+    usable = [
+        math.nan if drops_cut and row["truncated"] else total for row, total in zip(completions, totals, strict=True)
+    ]
+    debias = length_debias(usable, lengths, [row["prompt_index"] for row in completions])
     penalties = [-debias.alpha * length for length in lengths]
     totals = [total + penalty for total, penalty in zip(totals, penalties, strict=True)]
     shares = [{**share, LENGTH_PENALTY: penalty} for share, penalty in zip(shares, penalties, strict=True)]

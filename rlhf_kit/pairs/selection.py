@@ -28,9 +28,10 @@ class PairSelection(Selection):
 
     A pair's margin is the score of its chosen completion less that of its rejected one; one without a margin is none.
     With `margin_of` a pair's margin is how far apart this source's scores are, whichever is higher (before weights and
-    `length_debias`), and the whole score still says which is chosen: a source of weight 0 can so say which pairs are
-    worth a label (arXiv 2406.17312). `budget` is the number of pairs at most, or a list of it by round (the last for
-    all later ones). `max_length_gap` is in tokens, `max_length_ratio` that of the longer to the shorter.
+    `length_debias`), and the whole score still says which is chosen, so that a source of weight 0 picks among the pairs
+    that have a better side. (arXiv 2406.17312 picks first and labels then: there a pair of equals costs a label.)
+    `budget` is the number of pairs at most, or a list of it by round (the last for all later ones). `max_length_gap` is
+    in tokens, `max_length_ratio` that of the longer to the shorter.
     """
 
     min_margin: NonNegativeFloat = 0.0
@@ -38,7 +39,7 @@ class PairSelection(Selection):
     margin_of: str | None = None
     max_length_gap: NonNegativeInt | None = None
     max_length_ratio: Annotated[float, Field(ge=1)] | None = None
-    budget: PositiveInt | tuple[PositiveInt, ...] | None = None
+    budget: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
 
     def budget_in(self, round_number: int) -> int | None:
         """The budget of a round, from 1."""

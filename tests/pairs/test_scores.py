@@ -23,10 +23,12 @@ def stage(*changes: dict[str, Any], **fields: Any) -> Pairs:
     )
 
 
-def row(prompt: int = 0, length: int = 1, text: str = "", **given: tuple[float, int]) -> dict[str, Any]:
+def row(
+    prompt: int = 0, length: int = 1, text: str = "", truncated: bool = False, **given: tuple[float, int]
+) -> dict[str, Any]:
     found = {f"score.{name}": score for name, (score, _) in given.items()}
     found |= {f"status.{name}": status for name, (_, status) in given.items()}
-    return {"prompt_index": prompt, "length": length, "text": text, **found}
+    return {"prompt_index": prompt, "length": length, "text": text, "truncated": truncated, **found}
 
 
 def test_a_score_is_the_weighted_sum_of_the_sources() -> None:
@@ -65,3 +67,13 @@ def test_the_penalty_on_length_is_a_share_and_closes_the_gap() -> None:
     assert scores.totals[0] < scores.totals[1] and scores.totals[2] > scores.totals[3]
     characters = scores_of(stage({}, length_debias="characters"), rows)
     assert characters.debias.alpha == 0  # all texts are equally long
+
+
+def test_completions_that_are_cut_off_do_not_shape_the_penalty_unless_they_may_be_chosen() -> None:
+    """Of what is left the longer is best; with the long and bad ones that were cut off, the shorter would be."""
+    rows = [row(0, 8, a=(3.0, OK)), row(0, 1, a=(0.0, OK)), row(0, 20, "", True, a=(-9.0, OK))]
+    dropped, kept = (
+        scores_of(stage({}, length_debias="tokens", select={"type": "best_worst", "truncated": what}), rows).debias
+        for what in ("drop", "keep")
+    )
+    assert dropped.alpha > 0 and dropped.gap_before == 7 and kept.alpha < 0 and kept.gap_before == -12

@@ -169,6 +169,16 @@ def test_dpo_on_the_pairs_makes_the_model_right_more_often(fields, tmp_path) -> 
     ("changes", "said"),
     [
         ({"generation": {"num_generations": 1}}, "generation.num_generations: makes no pair"),
+        (
+            {"select": {"type": "best_worst", "margin_of": "length"}},
+            "select.margin_of: is not what best and worst are by",
+        ),
+        (
+            {"select": {"type": "random", "min_margin": 2.0, "max_margin": 1.0}},
+            "select.max_margin: must not lie below min_margin (2)",
+        ),
+        ({"select": {"type": "random", "budget": []}}, "select.budget"),
+        ({"rewards": [{"type": "verifier", "verifier": "exact", "weight": 0}]}, "rewards: all have weight 0"),
         ({"select": {"type": "random", "margin_of": "critic"}}, "select.margin_of: is no reward source of this stage"),
         ({"select": {"type": "threshold", "chosen": 0, "rejected": 1}}, "select.rejected: must lie below chosen"),
         ({"rewards": [{"type": "implicit_prm", "online": {}}]}, "rewards.0.online"),
