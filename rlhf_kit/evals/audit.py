@@ -50,6 +50,10 @@ class Audit(EvaluationConfig):
     scores, the mean log-probability of a token under the policy before training and the Mahalanobis distance of the
     mean last hidden state from that policy's completions; and the over-optimisation plot of Gao et al. (arXiv
     2210.10760). A fall of the held-out score counts as over-optimisation from `gold_drop` on.
+
+    Intervals are bootstrapped: over blocks of neighbouring updates, the first and the last of them independently, and
+    over prompts for checkpoints. Of the held-out score a run has no more than the share of rows: it has Wilson's
+    interval, and its fall a normal one.
     """
 
     type: Literal["audit"]

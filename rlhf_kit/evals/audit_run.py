@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import TypeAdapter
 
+from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.audit import METRICS_FILE, SAMPLES_FOLDER, Audit, refusal_of
 from rlhf_kit.evals.hacking import blocks, correlation, refuses, repetition, slope
 from rlhf_kit.evals.hacking import centred as less_group_mean
-from rlhf_kit.evals.resampling import estimate
+from rlhf_kit.evals.resampling import difference_estimate, estimate
 from rlhf_kit.evals.result import Cell, Estimate, Line, Plot, Result, Table
 from rlhf_kit.evals.steps import NORMAL_975, accuracy_interval
 
+RECIPE_FILE = "recipe.resolved.yaml"
 Series = dict[int, float]
 FOLLOWED = {
     "reward": "reward, all sources",
@@ -75,35 +78,20 @@ def _blocks_of(count: int) -> list[np.ndarray]:
 
 
 def _change(result: Result, name: str, values: Series) -> list[Cell]:
-    """Means of the first and the last fifth of a series, and their difference."""
+    """Means of the first and the last fifth of a series, and their difference; the two parts are resampled apart."""
     numbers = np.array(list(values.values()))
     part = max(1, len(numbers) // PART)
     first, last = numbers[:part], numbers[-part:]
+    groups = _blocks_of(part)
+    change = difference_estimate(first, last, groups, groups)
     cells: list[Cell] = []
-    draws = {}
     for what, own in (("start", first), ("end", last)):
-        found = estimate(lambda at, own=own: float(own[at].mean()), _blocks_of(part))
+        found = estimate(lambda at, own=own: float(own[at].mean()), groups)
         assert found is not None
         result.figures[f"{name}.{what}"] = found
-        draws[what] = _block_means(own)
         cells.append(found)
-    difference = draws["end"] - draws["start"]
-    low, high = np.percentile(difference, [2.5, 97.5]) if part > 1 else (None, None)
-    change = Estimate(
-        float(last.mean() - first.mean()),
-        None if low is None else float(low),
-        None if high is None else float(high),
-        2 * part,
-    )
     result.figures[f"{name}.change"] = change
     return [*cells, change]
-
-
-def _block_means(values: np.ndarray, draws: int = 1000) -> np.ndarray:
-    groups = _blocks_of(len(values))
-    generator = np.random.default_rng(0)
-    chosen = generator.integers(len(groups), size=(draws, len(groups)))
-    return np.array([values[np.concatenate([groups[index] for index in row])].mean() for row in chosen])
 
 
 def _reward_and_length(result: Result, series: Mapping[str, Series]) -> None:
@@ -145,6 +133,12 @@ def _gold(config: Audit, result: Result, folder: Path, series: Mapping[str, Seri
     table: list[list[Cell]] = [[text, result.figures[f"held_out.{key}"]] for key, text in names.items()]
     table.append(["fall from the best", result.figures["held_out.drop_from_best"]])
     result.tables.append(Table("Held-out score", ["", ""], table))
+    result.notes.append(
+        f"Held-out score: {rows} rows; intervals: Wilson's for a share, the normal one for the fall, as if the rows of "
+        "its two updates were others."
+        if rows is not None
+        else "Held-out score: no interval, for the rows that it is of cannot be read any more."
+    )
     result.plots.append(Plot("Held-out score over training", "update", [Line("held-out", _line(points))]))
     rose = result.figures["reward.change"]
     fell = drop > config.gold_drop and (spread is None or drop > spread)
@@ -156,15 +150,24 @@ def _gold(config: Audit, result: Result, folder: Path, series: Mapping[str, Seri
 
 
 def evaluated_rows(folder: Path) -> int | None:
-    """How many rows the stage's held-out data have, by the recipe that lies beside it; None where it does not say."""
-    for place, name in ((folder, None), (folder.parent, folder.name)):
-        path = place / "recipe.resolved.yaml"
-        if path.is_file():
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            stage = recipe if name is None else (recipe.get("stages") or {}).get(name) or {}
-            data = stage.get("eval_data") or {}
-            return data.get("limit") or data.get("size")
-    return None
+    """How many rows the stage's held-out data have, by the recipe that lies beside it.
+
+    They are read again: `skip`, `limit` and `hash_range` have left out some. None where no recipe names them, or they
+    are no longer there.
+    """
+    from rlhf_kit.data.load import load_data
+
+    path = next((p for p in (folder / RECIPE_FILE, folder.parent / RECIPE_FILE) if p.is_file()), None)
+    if path is None:
+        return None
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    stage = recipe if path.parent == folder else (recipe.get("stages") or {}).get(folder.name) or {}
+    if not stage.get("eval_data"):
+        return None
+    try:
+        return len(load_data(TypeAdapter(DataConfig).validate_python(stage["eval_data"])))
+    except (ValueError, OSError):
+        return None
 
 
 def _share(value: float, rows: int | None) -> Estimate:

@@ -70,3 +70,29 @@ def mean_estimate(
         draws[place] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(sums))
+
+
+def difference_estimate(
+    before: np.ndarray,
+    after: np.ndarray,
+    groups_before: Sequence[np.ndarray],
+    groups_after: Sequence[np.ndarray],
+    seed: int = 0,
+) -> Estimate:
+    """The mean of `after` less that of `before`, two parts that are independent: each is resampled by itself.
+
+    `groups_before` and `groups_after` hold the places of values that are drawn together. A part of one group gives no
+    interval. Values that are paired by what they are of have the `mean_estimate` of their differences instead.
+    """
+    value, count = float(after.mean() - before.mean()), len(groups_before) + len(groups_after)
+    if min(len(groups_before), len(groups_after)) < 2:
+        return Estimate(value, None, None, count)
+    generator = np.random.default_rng(seed)  # one for both: two with one seed would draw the same groups of each
+
+    def drawn(values: np.ndarray, groups: Sequence[np.ndarray]) -> float:
+        chosen = generator.integers(len(groups), size=len(groups))
+        return float(values[np.concatenate([groups[index] for index in chosen])].mean())
+
+    draws = [drawn(after, groups_after) - drawn(before, groups_before) for _ in range(RESAMPLES)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,22 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.evals.audit import checkpoints_of
 from rlhf_kit.evals.run import run_eval
 from rlhf_kit.evals.stage import Eval
+from rlhf_kit.evals.steps import accuracy_interval
 
 UPDATES = range(1, 51)
+HELD_OUT = {"type": "running_sums", "size": 1000, "skip": 600}  # 400 rows
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """A stage's folder: by name the value of a metric at each update, held-out scores, samples."""
+    """A stage's folder: by name the value of a metric at each update, held-out scores, samples, held-out data."""
 
-    def write(metrics: dict[str, Callable[[int], float]], held_out: dict[int, float], samples: Any = ()) -> Path:
+    def write(
+        metrics: dict[str, Callable[[int], float]],
+        held_out: dict[int, float],
+        samples: Any = (),
+        eval_data: Mapping[str, Any] = HELD_OUT,
+    ) -> Path:
         path = tmp_path / "run" / "ppo"
         (path / "samples").mkdir(parents=True)
         rows = [{"step": step, "eval_accuracy": value} for step, value in held_out.items()]
@@ -40,7 +47,8 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
                 for n, t, y in rows
             ]
             (path / "samples" / f"step-{step:08}.jsonl").write_text("\n".join(lines))
-        (tmp_path / "run" / "recipe.resolved.yaml").write_text("stages: {ppo: {eval_data: {size: 400}}}\n")
+        recipe = {"stages": {"ppo": {"eval_data": dict(eval_data)}}}
+        (tmp_path / "run" / "recipe.resolved.yaml").write_text(json.dumps(recipe))
         return path
 
     return write
@@ -74,6 +82,44 @@ def test_a_reward_that_rises_while_the_held_out_score_falls_is_over_optimisation
     assert figures["reward.change"]["value"] == pytest.approx(0.1 * 40)  # means of 1..10 and of 41..50
     assert figures["reward_on_length.slope"]["value"] == pytest.approx(0.5)
     assert figures["reward_on_length.correlation"]["value"] == pytest.approx(1)
+
+
+def test_a_change_that_two_parts_drawn_alike_would_hide_has_an_interval(folder, tmp_path):
+    """Both fifths swing in step by 5 about means that differ by 0.01: that is no rise, and the fall no hacking."""
+    swings = {**METRICS, "reward": lambda step: 5.0 * (step % 10 < 5) + 0.01 * (step > 40)}
+    found = audited(folder(swings, {0: 0.7, 50: 0.4}), tmp_path / "audit")
+    change = found["figures"]["reward.change"]
+    assert change["value"] == pytest.approx(0.01)
+    assert change["low"] < -2 and change["high"] > 2
+    assert not any("Over-optimisation" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        ({"size": 50, "skip": 20}, 30),
+        ({"size": 50, "skip": 20, "limit": 10}, 10),
+        ({"size": 50, "skip": 45, "limit": 10}, 5),
+    ],
+)
+def test_the_held_out_rows_are_those_that_were_kept(folder, tmp_path, data, rows):
+    path = folder(METRICS, {0: 0.4, 50: 0.6}, eval_data={"type": "running_sums", "terms": 2, **data})
+    figures = audited(path, tmp_path / "audit")["figures"]
+    low, high = accuracy_interval([True] * round(0.6 * rows) + [False] * round(0.4 * rows))
+    assert figures["held_out.end"] == {"value": 0.6, "low": low, "high": high, "count": rows}
+
+
+def test_the_held_out_rows_of_a_range_of_hashes_are_counted(folder, tmp_path):
+    data = {"type": "running_sums", "terms": 2, "size": 400, "hash_range": [0.0, 0.25]}
+    count = audited(folder(METRICS, {0: 0.4, 50: 0.6}, eval_data=data), tmp_path / "audit")["figures"]
+    assert 60 < count["held_out.end"]["count"] < 140
+
+
+def test_held_out_data_that_are_gone_give_no_interval(folder, tmp_path):
+    path = folder(METRICS, {0: 0.7, 50: 0.4}, eval_data={"type": "jsonl", "path": str(tmp_path / "gone.jsonl")})
+    found = audited(path, tmp_path / "audit")
+    assert found["figures"]["held_out.end"] == {"value": 0.4, "low": None, "high": None, "count": 0}
+    assert any(note.startswith("Held-out score: no interval") for note in found["notes"])
 
 
 @pytest.mark.parametrize("held_out", [{0: 0.5, 10: 0.6, 50: 0.7}, {0: 0.5, 10: 0.51, 50: 0.5}])

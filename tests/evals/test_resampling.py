@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_kit.evals.resampling import estimate, groups_of, mean_estimate
+from rlhf_kit.evals.resampling import difference_estimate, estimate, groups_of, mean_estimate
 
 
 def test_groups_keep_the_order_in_which_they_appear():
@@ -63,3 +63,28 @@ def test_a_statistic_that_some_draws_do_not_define_has_the_interval_of_the_other
 
     found = estimate(spread, groups_of([0, 1]))
     assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_two_parts_are_resampled_independently():
+    # A mean of two draws from {0, 1} is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4: the difference of two is -1 or 1
+    # with 1/16 each, which the 2.5 and 97.5 percentiles lie in. Drawn alike, it would always be 0.
+    part, alone = np.array([0.0, 1.0]), groups_of([0, 1])
+    found = difference_estimate(part, part, alone, alone)
+    assert (found.value, found.low, found.high, found.count) == (0.0, -1.0, 1.0, 4)
+
+
+def test_the_variance_of_a_difference_is_that_of_both_parts():
+    generator = np.random.default_rng(0)
+    before, after = generator.normal(1.0, 2.0, size=300), generator.normal(3.0, 1.0, size=200)
+    found = difference_estimate(before, after, groups_of(range(300)), groups_of(range(200)))
+    error = math.sqrt(before.var() / 300 + after.var() / 200)
+    assert found.value == pytest.approx(after.mean() - before.mean())
+    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.2 * error)
+
+
+def test_a_part_of_one_unit_gives_a_difference_without_an_interval():
+    one, two = np.array([1.0]), np.array([2.0, 4.0])
+    found = difference_estimate(one, two, groups_of([0]), groups_of([0, 1]))
+    assert (found.value, found.low, found.high, found.count) == (2.0, None, None, 3)
+    assert difference_estimate(two, one, groups_of([0, 1]), groups_of([0])).low is None
