@@ -276,8 +276,8 @@ class ChatClient:
 def estimated_tokens(messages: Sequence[Message], limit: int | None, answer: str) -> tuple[int, int]:
     """Tokens read and written where the server does not say: rather too many than too few.
 
-    One for `BYTES_A_TOKEN` bytes of the messages in UTF-8, and one for each of them; and as many as the answer may have,
-    or without a limit those of its text.
+    One for `BYTES_A_TOKEN` bytes of the messages in UTF-8, and one for each message; and as many as the answer may
+    have, or without a limit those of its text.
     """
     read = sum(_tokens_of(str(message["content"])) + 1 for message in messages)
     return read, _tokens_of(answer) if limit is None else limit
