@@ -18,9 +18,10 @@ class DataBase(Config):
     `shuffle_seed` shuffles the rows, then `skip` leaves out the first, and `limit` keeps that many of the
     rest. Before that, `hash_range: [0, 0.8]` keeps the rows whose prompt's hash lies there, of dialogues the hash of
     what the user says first: two ranges that do not overlap have no prompt in common, whatever the order of the rows.
-    `templates` add columns, each a text with other columns in it (`{judged_prompt: "{label} {prompt}"}`).
-    `prompt_template` wraps a text prompt (`"Q: {prompt}\\nA:"`); `chat` turns text prompts and
-    completions into messages, with `system` as the first.
+    `templates` add columns, each a text with other columns in it (`{judged_prompt: "{label} {prompt}"}`); of a
+    conversation, the text of its last message. `prompt_template` wraps a text prompt (`"Q: {prompt}\\nA:"`); `chat`
+    turns text prompts and completions into messages, with `system` as the first. All three treat `judged_prompt` and
+    `corrupted_prompt` as they do `prompt`.
 
     Rows that have `chosen` and `rejected` and no prompt share one: what both begin with. Annotated texts have `text`
     and `spans`, a list of `{start, end, label}`; or `sentences`, a list of `{text, label}` in their order, with a label

@@ -13,7 +13,8 @@ import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.table import InMemoryTable
 
-from rlhf_kit.data.annotations import check_spans, qa_feedback_rows, toxic_spans_rows
+from rlhf_kit.data.annotations import qa_feedback_rows, toxic_spans_rows
+from rlhf_kit.data.checks import Origins, check_rows, shown
 from rlhf_kit.data.config import (
     Concatenated,
     CorruptedPrompts,
@@ -34,13 +35,13 @@ from rlhf_kit.data.config import (
     ToxicSpans,
 )
 from rlhf_kit.data.files import local_file
+from rlhf_kit.data.formats import formatted
 from rlhf_kit.data.gsm8k import gsm8k_rows
-from rlhf_kit.data.implicit_prompts import answer_messages, dialogue_messages
 from rlhf_kit.data.marketplace import marketplace
-from rlhf_kit.data.messages import completion_like, completion_messages, is_messages, prompt_messages
+from rlhf_kit.data.messages import completion_like
 from rlhf_kit.data.mixing import with_replay
 from rlhf_kit.data.perturbations import corrupted_prompts, perturbed_rows
-from rlhf_kit.data.shaping import Row, renamed, selection, with_prompts, with_spans, with_templates
+from rlhf_kit.data.shaping import Row, dataset_of, renamed, selection, with_prompts, with_spans, with_templates
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
 from rlhf_kit.data.tool_tasks import tool_arithmetic
 from rlhf_kit.data.verifiers import verify
@@ -54,19 +55,6 @@ class SampledCompletion(NamedTuple):
 
 
 Sampler = Callable[[Sampled, Dataset], Sequence[Sequence[SampledCompletion]]]
-
-COMPLETIONS = ("completion", "chosen", "rejected")
-
-
-class Origins(NamedTuple):
-    """Where the rows of a data set come from: what it is called, and their places in it, from 0."""
-
-    source: str
-    places: Sequence[int]
-
-    def name(self, row: int) -> str:
-        """What errors call row number `row` (from 0) of what was loaded: the file, and its row there, from 1."""
-        return f"{self.source}, row {self.places[row] + 1}"
 
 
 def load_data(config: DataConfig, sampler: Sampler | None = None) -> Dataset:
@@ -91,8 +79,9 @@ def load_with_origins(config: DataConfig, sampler: Sampler | None = None) -> tup
     dataset = dataset.select(numbers)
     if isinstance(config, Gsm8kSolutions | QaFeedback):
         dataset, numbers = _expanded(dataset, numbers, config)
-    _check(dataset, numbers, source)
-    return _format(with_templates(dataset, config, source), numbers, config), Origins(source, numbers)
+    origins = Origins(source, numbers)
+    check_rows(dataset, origins)
+    return formatted(with_templates(dataset, config, source), config, origins), origins
 
 
 def _source(config: DataConfig) -> str:
@@ -127,7 +116,7 @@ def _read_json(config: Jsonl | Gsm8kSolutions | QaFeedback) -> Dataset:
         rows = [_parse(line, config.path, number) for number, line in lines if line.strip()]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"{config.path}, row {number}: it is not an object with fields but {_show(row)}")
+            raise ValueError(f"{config.path}, row {number}: it is not an object with fields but {shown(row)}")
     return _dataset(rows, config.path)
 
 
@@ -265,13 +254,13 @@ def _dataset(rows: Sequence[Row], source: str) -> Dataset:
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     try:
-        return Dataset.from_dict(columns)
+        return dataset_of(columns)
     except (pyarrow.ArrowException, OverflowError) as error:
         for name, values in columns.items():
             count = bisect_left(range(len(values) + 1), True, key=lambda stop: not _one_type(values[:stop]))
             if count <= len(values):
                 raise ValueError(
-                    f"{source}, row {count}: field {name!r} is {_show(values[count - 1])}, which has another "
+                    f"{source}, row {count}: field {name!r} is {shown(values[count - 1])}, which has another "
                     "type than in the rows before"
                 ) from error
         raise
@@ -279,7 +268,7 @@ def _dataset(rows: Sequence[Row], source: str) -> Dataset:
 
 def _one_type(values: Sequence[Any]) -> bool:
     try:
-        Dataset.from_dict({"values": values})
+        dataset_of({"values": values})
     except (pyarrow.ArrowException, OverflowError):
         return False
     return True
@@ -301,66 +290,3 @@ def _expanded(items: Dataset, numbers: list[int], config: Gsm8kSolutions | QaFee
     if not rows:
         raise ValueError(f"{config.path}: no row has both a better and a worse answer to pair")
     return _dataset(rows, config.path), origins
-
-
-def _check(dataset: Dataset, numbers: Sequence[int], source: str) -> None:
-    names = dataset.column_names
-    if "prompt" not in names:
-        raise ValueError(
-            f"{source}: there is no column 'prompt', only {', '.join(names)}; name the one that holds the "
-            f"prompts, as in columns: {{prompt: {names[0]}}}"
-        )
-    for name in ("prompt", *COMPLETIONS):
-        if name in names:
-            for number, value in zip(numbers, dataset[name], strict=True):
-                if not isinstance(value, str) and not is_messages(value):
-                    raise ValueError(
-                        f"{source}, row {number + 1}: {name!r} is neither text nor a list of messages "
-                        f"({{role, content}}) but {_show(value)}"
-                    )
-    if {"text", "spans"} <= set(names):
-        for number, text, spans in zip(numbers, dataset["text"], dataset["spans"], strict=True):
-            try:
-                check_spans(text, spans)
-            except ValueError as error:
-                raise ValueError(f"{source}, row {number + 1}: {error}") from error
-    if "label" in names:
-        for number, value in zip(numbers, dataset["label"], strict=True):
-            if value not in (0, 1):
-                raise ValueError(
-                    f"{source}, row {number + 1}: 'label' says whether the completion is right: true, false, "
-                    f"1 or 0, not {_show(value)}; if it means something else here, rename it in `columns`"
-                )
-
-
-def _format(dataset: Dataset, numbers: Sequence[int], config: DataConfig) -> Dataset:
-    """Wraps prompts, turns text into messages and labels into booleans."""
-    changed: dict[str, list[Any]] = {}
-    template = config.prompt_template
-    if template is not None:
-        changed["prompt"] = []
-        for number, prompt in zip(numbers, dataset["prompt"], strict=True):
-            if not isinstance(prompt, str):
-                raise ValueError(f"{_source(config)}, row {number + 1}: prompt_template wraps text, not messages")
-            changed["prompt"].append(template.replace("{prompt}", prompt))
-    if config.chat:
-        prompts = changed.get("prompt", dataset["prompt"])
-        turns = [dialogue_messages(prompt) if isinstance(prompt, str) else None for prompt in prompts]
-        told = [prompt if turn is None else turn for prompt, turn in zip(prompts, turns, strict=True)]
-        changed["prompt"] = [prompt_messages(prompt, config.system) for prompt in told]
-        for name in set(COMPLETIONS) & set(dataset.column_names):
-            changed[name] = [
-                completion_messages(said) if turn is None or not isinstance(said, str) else answer_messages(said)
-                for said, turn in zip(dataset[name], turns, strict=True)
-            ]
-    if "label" in dataset.column_names:
-        changed["label"] = [bool(label) for label in dataset["label"]]
-    if not changed:
-        return dataset
-    columns = {name: changed.get(name, dataset[name]) for name in dataset.column_names}
-    return Dataset.from_dict({name: list(values) for name, values in columns.items()})
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{text[:80]}..." if len(text) > 80 else text

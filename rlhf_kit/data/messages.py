@@ -27,6 +27,16 @@ def is_messages(value: object) -> bool:
     )
 
 
+def without_nulls(value: Any) -> Any:
+    """Messages, tool calls or tools without the keys whose value is null, at every depth.
+
+    In a table all rows have the same keys: those that a row did not have are null. A null in a list stays.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def content_text(message: Message) -> str:
     """The text of one message; of a message in parts, its text parts joined; "" where there is none."""
     content: Any = message.get("content")

@@ -5,19 +5,48 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pyarrow
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features, Json, List
 from datasets.table import InMemoryTable
 
 from rlhf_kit.data.annotations import has_sentences, sentence_spans
 from rlhf_kit.data.config import DataBase
-from rlhf_kit.data.implicit_prompts import opening, split_pair
-from rlhf_kit.data.messages import is_messages
+from rlhf_kit.data.implicit_prompts import dialogue_messages, opening, split_pair
+from rlhf_kit.data.messages import is_messages, prompt_messages, without_nulls
+from rlhf_kit.data.names import PROMPTS
+from rlhf_kit.data.perturbations import last_text, with_last_text
 
 Row = dict[str, Any]
+
+JSON = List(Json())
+
+
+def dataset_of(columns: Mapping[str, Sequence[Any]]) -> Dataset:
+    """A data set of columns. Messages and tools are kept as JSON, so that none has the keys of another row's.
+
+    Raises:
+        pyarrow.ArrowException: the values of a column have several types.
+    """
+    as_json = {name for name, values in columns.items() if _is_json(name, values)}
+    plain = Dataset.from_dict({name: list(values) for name, values in columns.items() if name not in as_json})
+    features = {name: JSON if name in as_json else plain.features[name] for name in columns}
+    given = {name: without_nulls(list(columns[name])) if name in as_json else plain[name][:] for name in columns}
+    return Dataset.from_dict(given, features=Features(features)) if as_json else plain
+
+
+def _is_json(name: str, values: Sequence[Any]) -> bool:
+    """Whether a column holds conversations, or the tools of each row that has any."""
+    if name == "tools":
+        given = [value for value in values if value is not None]
+        return bool(given) and all(isinstance(value, list) and all(map(_is_mapping, value)) for value in given)
+    return len(values) > 0 and all(map(is_messages, values))
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
 
 
 def with_spans(dataset: Dataset, source: str) -> Dataset:
@@ -52,11 +81,15 @@ def with_prompts(dataset: Dataset, source: str) -> Dataset:
         for name, part in zip(split, parts, strict=True):
             split[name].append(part)
     rest = {name: dataset[name][:] for name in dataset.column_names if name not in split}
-    return Dataset.from_dict({**split, **rest})
+    return dataset_of({**split, **rest})
 
 
 def with_templates(dataset: Dataset, config: DataBase, source: str) -> Dataset:
-    """The columns that `templates` add, as text; the rows' other columns stand in the braces."""
+    """The columns that `templates` add; the rows' other columns stand in the braces, of messages the last one's text.
+
+    They are text. A further prompt, such as `judged_prompt`, has the form of its row's prompt: behind a conversation it
+    is the same conversation with another last message.
+    """
     names = dataset.column_names
     for new, template in config.templates.items():
         if new in names:
@@ -66,12 +99,28 @@ def with_templates(dataset: Dataset, config: DataBase, source: str) -> Dataset:
             raise ValueError(f"{source}: the template of {new!r} asks for {unknown[0]!r}, and there is only {names}")
     if not config.templates:
         return dataset
-    made = {new: [_filled(text, row) for row in dataset.to_list()] for new, text in config.templates.items()}
-    return Dataset.from_dict({**{name: dataset[name][:] for name in names}, **made})
+    rows = dataset.to_list()
+    made = {
+        new: [_further_prompt(text, row, config) if new in PROMPTS else _filled(text, row) for row in rows]
+        for new, text in config.templates.items()
+    }
+    return dataset_of({**{name: dataset[name][:] for name in names}, **made})
 
 
 def _filled(template: str, row: Row) -> str:
-    return re.sub(r"\{(\w+)\}", lambda place: str(row[place[1]]), template)
+    def said(place: re.Match[str]) -> str:
+        value = row[place[1]]
+        return last_text(value) if is_messages(value) else str(value)
+
+    return re.sub(r"\{(\w+)\}", said, template)
+
+
+def _further_prompt(template: str, row: Row, config: DataBase) -> Any:
+    prompt = row["prompt"]
+    if config.chat and config.prompt_template is None and isinstance(prompt, str):
+        prompt = dialogue_messages(prompt) or prompt_messages(prompt, None)
+    text = _filled(template, {**row, "prompt": prompt})
+    return text if isinstance(prompt, str) else with_last_text(prompt, text)
 
 
 def renamed(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
@@ -90,8 +139,9 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], source: str) -> Datase
     kept = {name: name for name in names if name not in columns.values()}
     table = dataset.data.table
     wanted = {**columns, **kept}
+    features = Features({new: dataset.features[old] for new, old in wanted.items()})
     table = pyarrow.table([table[old] for old in wanted.values()], names=list(wanted))
-    return Dataset(InMemoryTable(table))
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
 
 
 def selection(dataset: Dataset, config: DataBase, source: str) -> list[int]:

@@ -174,3 +174,74 @@ def test_the_last_message_of_a_conversation_is_corrupted(tmp_path: Path) -> None
     (row,) = load_data(config(type="corrupted_prompts", rows=rows, edits=["number"])).to_list()
     assert row["corrupted_prompt"][0] == prompt[0]
     assert row["corrupted_prompt"][1]["content"] != "4 5"
+
+
+ADD, JUDGED = {"prompt": "add 3 and 7", "completion": "10", "judgment": "wrong"}, "{judgment}: {prompt}"
+FURTHER = [{"type": "corrupted_prompts", "edits": ["number"]}, {"templates": {"judged_prompt": JUDGED}}]
+
+
+@pytest.mark.parametrize("further", FURTHER, ids=["corrupted_prompt", "judged_prompt"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat": True},
+        {"chat": True, "system": "Be brief."},
+        {"prompt_template": "Q: {prompt}\nA:"},
+        {"prompt_template": "Q: {prompt}\nA:", "chat": True, "system": "Be brief."},
+        {},
+    ],
+)
+def test_a_further_prompt_has_the_form_of_the_prompt(fields: Any, further: Any, tmp_path: Path) -> None:
+    """Where the text of the one stands in the prompt, the other has its own, and nothing else differs."""
+    jsonl = {"type": "jsonl", "path": write(tmp_path / "rows.jsonl", [ADD])}
+    data = {**further, "rows": jsonl} if "type" in further else {**jsonl, **further}
+    (plain,) = load_data(config(**data)).to_list()
+    (row,) = load_data(config(**data, **fields)).to_list()
+    (name,) = {"corrupted_prompt", "judged_prompt"} & set(row)
+    assert plain["prompt"] == ADD["prompt"] and plain[name] != plain["prompt"]
+    assert json.dumps(row[name]) == json.dumps(row["prompt"]).replace(plain["prompt"], plain[name])
+    assert isinstance(row[name], list) == ("chat" in fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"chat": True, "system": "Be brief."}])
+def test_the_last_message_of_a_conversation_is_judged(fields: Any, tmp_path: Path) -> None:
+    said = [{"role": "assistant", "content": "One."}, {"role": "assistant", "content": "Two."}]
+    rows = [{"prompt": [USER, ASSISTANT, {**USER, "content": "Tea?"}], "completion": said, "judgment": "vague"}]
+    templates = {"judged_prompt": "{judgment}: {prompt} {completion}"}
+    data = config(type="jsonl", path=write(tmp_path / "rows.jsonl", rows), templates=templates, **fields)
+    (row,) = load_data(data).to_list()
+    assert row["judged_prompt"] == [*row["prompt"][:-1], {**USER, "content": "vague: Tea? Two."}]
+    assert len(row["prompt"]) == 3 + ("system" in fields)
+
+
+def test_a_dialogue_in_one_text_is_judged_in_its_last_turn(tmp_path: Path) -> None:
+    rows = [{"prompt": START, "completion": " Tea", "judgment": "rude"}, {**ADD}]
+    data = {"type": "jsonl", "path": write(tmp_path / "rows.jsonl", rows), "templates": {"judged_prompt": JUDGED}}
+    first, second = load_data(config(**data, chat=True, system="Be brief.")).to_list()
+    assert [message["content"] for message in first["prompt"]] == ["Be brief.", "Hi", "Hello", "Tea or coffee?"]
+    assert first["judged_prompt"] == [*first["prompt"][:3], {**USER, "content": "rude: Tea or coffee?"}]
+    assert second["judged_prompt"] == [second["prompt"][0], {**USER, "content": "wrong: add 3 and 7"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "corrupted", "fields", "message"),
+    [
+        ([USER], "Hi", {}, "'corrupted_prompt' is text, and 'prompt' is not"),
+        ("Hi", [USER], {}, "'prompt' is text, and 'corrupted_prompt' is not"),
+        (START, f"Well. {START}", {"chat": True}, "'prompt' is a dialogue in one text, and 'corrupted_prompt' is not"),
+        ("Hi", START, {"chat": True}, "'corrupted_prompt' is a dialogue in one text, and 'prompt' is not"),
+        ("Hi", None, {}, "'corrupted_prompt' is neither text nor a list of messages"),
+    ],
+)
+def test_prompts_of_two_forms_are_refused(
+    prompt: Any, corrupted: Any, fields: Any, message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": prompt, "corrupted_prompt": corrupted, "completion": "x"}])
+    with pytest.raises(ValueError, match=rf"rows.jsonl, row 1: {message}"):
+        load_data(config(type="jsonl", path=path, **fields))
+
+
+def test_text_becomes_a_conversation_beside_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": [USER], "corrupted_prompt": "Ho", "completion": "x"}])
+    (row,) = load_data(config(type="jsonl", path=path, chat=True)).to_list()
+    assert row["corrupted_prompt"] == [{**USER, "content": "Ho"}]

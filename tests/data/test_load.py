@@ -116,6 +116,53 @@ def test_labels_become_booleans(write, given, label):
     assert data["label"][0] is label
 
 
+def call(name, **arguments):
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
+ANSWERS = [
+    [call("f", a=1, deep={"x": [None, {"y": 2}]}), {"role": "tool", "name": "f", "content": "1"}],
+    [call("g", b=True), {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}],
+]
+TOOLS = [[{"type": "function", "function": {"name": name, "parameters": {name: {"type": "int"}}}}] for name in "fg"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_a_row_has_no_keys_of_other_rows(kind, write, tmp_path, monkeypatch):
+    """A table gives all rows the same keys; a model must not read those that only other rows have."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    answers = [said[:1] for said in ANSWERS]
+    rows = [
+        {"question": [{"role": "user", "content": "q"}], "completion": said, "tools": tools, "answer": None}
+        for said, tools in zip(answers, TOOLS, strict=True)
+    ]
+    path = tmp_path / f"rows.{kind}" if kind != "hub" else tmp_path
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write(rows)
+    data = load_data(config({"type": kind, "path": str(path), "columns": {"prompt": "question"}, "chat": True}))
+    assert data["completion"][:] == answers
+    assert data["tools"][:] == TOOLS
+    assert data["answer"][:] == [None, None]  # of other columns a null is a value
+    assert data.select([1]).to_list() == [data[1]]
+    data.to_parquet(str(tmp_path / "written.parquet"))
+    again = load_data(config({"type": "parquet", "path": str(tmp_path / "written.parquet")}))
+    assert again.to_list() == data.to_list()
+
+
+def test_calls_may_have_arguments_of_several_types(write):
+    values = [(1, None), ("x", TOOLS[0])]
+    rows = [{"prompt": "p", "completion": [call("f", a=value)], "tools": tools} for value, tools in values]
+    data = load(write(rows), templates={"text": "{prompt}"}, columns={"copy": "completion", "completion": "completion"})
+    assert data["completion"][:] == data["copy"][:] == [row["completion"] for row in rows]
+    assert data["tools"][:] == [None, TOOLS[0]]
+    mixed = [[*ANSWERS[0], {"role": "assistant", "content": None}], ANSWERS[1]]
+    read = load(write([{"prompt": "p", "completion": said} for said in mixed]))["completion"]
+    assert read[:] == [[*ANSWERS[0], {"role": "assistant"}], ANSWERS[1]]
+
+
 GOOD = {"prompt": "p", "completion": "c", "label": True}
 
 
@@ -132,9 +179,17 @@ GOOD = {"prompt": "p", "completion": "c", "label": True}
             [{"question": "p", "answer": "a"}],
             r"rows.jsonl: there is no column 'prompt', only question, answer; .* columns: {prompt: question}",
         ),
+        ([{"id": 1, "a": "b"}], r"there is no column 'prompt', only id, a; if another .* columns: {prompt: \.\.\.}"),
         ([GOOD, {"completion": "c"}], r"rows.jsonl, row 2: 'prompt' is neither text nor .* but None"),
         ([{"prompt": 7}], r"rows.jsonl, row 1: 'prompt' is neither text nor .* but 7"),
         ([{"prompt": []}], r"rows.jsonl, row 1: 'prompt' is neither text nor"),
+        (
+            [{"prompt": [{"role": "user", "content": "p"}]}, {"prompt": [{"role": "user", "content": 5}]}],
+            r"rows.jsonl, row 2: 'prompt' has a message whose content is neither .* but 5",
+        ),
+        ([{**GOOD, "completion_ids": [1]}, {**GOOD, "completion_ids": []}], r"row 2: 'completion_ids' is empty, where"),
+        ([{**GOOD, "chosen_ids": None}, {**GOOD, "chosen_ids": ["a"]}], r"row 2: 'chosen_ids' is \['a'\], where"),
+        ([{**GOOD, "rejected_ids": 3}], r"row 1: 'rejected_ids' is 3, where"),
         ([{"prompt": [{"text": "p"}]}], r"rows.jsonl, row 1: 'prompt' is neither text nor"),
         ([GOOD, {**GOOD, "completion": None}], r"rows.jsonl, row 2: 'completion' is neither text nor"),
         ([{**GOOD, "label": 1}, {**GOOD, "label": 2}], r"rows.jsonl, row 2: 'label' .* not 2"),
