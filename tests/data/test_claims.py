@@ -187,6 +187,12 @@ NOTHING = [
     "Option A has no insect net.",
     "Option A has an insect net. Option A has it.",
     "Option A is cheap and the customer has a porch.",
+    "Option A is cheap, and the best choice has a porch.",
+    "Option A does not cost more and have a porch.",
+    "Option A is not the cheapest has a porch.",
+    "Option A does option B not have a porch.",
+    "Option A does not, however, lack a porch.",
+    "Neither A nor B: yes",
     "Option A lacks an insect net but not a porch.",
     "Option A does not have a porch and an insect net.",  # not both
     "Option A has.",
@@ -324,6 +330,8 @@ def test_what_is_claimed_is_claimed_of_options_on_offer(text: str) -> None:
 def test_a_feature_is_known_by_its_whole_name() -> None:
     market = Market(**{**vars(TENT), "requirement": "a net", "features": ("a net", "an insect net")})
     assert claims("Option A has an insect net. Option B has a net.", market) == {"B": True}
+    market = Market(**{**vars(TENT), "requirement": "a timer", "features": ("a timer", "a timer switch")})
+    assert claims("Option A has a timer switch. Option B has a timer.", market) == {"B": True}
 
 
 @pytest.mark.parametrize("piece", ["A, B and ", "Option A has a porch, ", "neither ", "option ", "a ", "(", "\n", "A "])

@@ -84,6 +84,7 @@ ECHOES = {
     "after thoughts": ('<think>Hm.</think>{"score": 10}', '{"score": 10}'),
     "badly written": ("{'score': 10}", "{'score': 10}"),
     "what is badly written, written well": ('{"score": 10}', "Great! {'score': 10}"),
+    "within what is no JSON": ('{"score": 10}', 'Great {"! {"score": 10}'),
     "an object within": ('{"score":10}', 'Great! {"of": [1, {"score": 10}]}'),
 }
 
