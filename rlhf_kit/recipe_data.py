@@ -77,22 +77,24 @@ def _problems(field: str, columns: tuple[str, ...] | Problem, needed: dict[str, 
 
 
 def _row_problems(stage: Eval) -> Iterator[Problem]:
-    """Rows of files at hand that an evaluation cannot use, the first of each file; and broken ProcessBench files."""
+    """Rows of files at hand that an evaluation cannot use, one by one or together; and broken ProcessBench files."""
     for name, evaluation in stage.evals.items():
         for field, config, needed in evaluation.data_sets():
-            if not isinstance(config, Jsonl | Parquet):
+            if not isinstance(config, Jsonl | Parquet | Gsm8kSolutions):
                 continue
             columns = _columns(config)
             if isinstance(columns, Problem) or not columns or not all(column in columns for column in needed):
                 continue
             from rlhf_kit.data.load import load_data
 
-            rows = enumerate(load_data(config).to_list(), start=1)
-            found = ((number, evaluation.row_problem(field, row)) for number, row in rows)
+            rows = load_data(config).to_list()
+            found = ((number, evaluation.row_problem(field, row)) for number, row in enumerate(rows, start=1))
             first = next(((number, text) for number, text in found if text is not None), None)
             if first is not None:
                 text = f"{config.path}, row {first[0] + config.skip}: {first[1]}"
                 yield Problem(f"evals.{name}.{field}", text, remedy="mend the row, or leave it out")
+            if (together := evaluation.rows_problem(rows)) is not None:
+                yield Problem(f"evals.{name}.{field}", together)
         if isinstance(evaluation, FirstError) and evaluation.path is not None and Path(evaluation.path).is_file():
             from rlhf_kit.evals.steps import load_processbench
 
@@ -181,7 +183,7 @@ def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
         read = _read_by_sources(stage.rewards)
         for name, evaluation in stage.evals.items():
             for field, config, columns in evaluation.data_sets():
-                needed = {**columns, **(read if evaluation.asks_sources else {})}
+                needed = {**columns, **(read if evaluation.may_ask_sources else {})}
                 yield from _prompts_of(f"evals.{name}.{field}", config, needed)
         return
     if isinstance(stage, Bootstrap):

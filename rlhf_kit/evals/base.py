@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kit.config import Config
@@ -24,8 +24,13 @@ class EvaluationConfig(Config):
 
     @property
     def asks_sources(self) -> bool:
-        """Whether the stage's `rewards` score in it."""
+        """Whether it needs the stage's `rewards`."""
         return False
+
+    @property
+    def may_ask_sources(self) -> bool:
+        """Whether the stage's `rewards` score in it, if there are any."""
+        return self.asks_sources
 
     @property
     def runs_model(self) -> bool:
@@ -38,6 +43,10 @@ class EvaluationConfig(Config):
 
     def row_problem(self, field: str, row: Mapping[str, Any]) -> str | None:
         """What is wrong with a row, said before a model is loaded, beyond what `load_data` finds wrong itself."""
+        return None
+
+    def rows_problem(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """What is wrong with the rows of a data set together, said before a model is loaded."""
         return None
 
     def files(self) -> Iterator[tuple[str, str, bool]]:

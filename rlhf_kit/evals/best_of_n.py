@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rlhf_kit.data.config import DataConfig
+from rlhf_kit.data.config import DataConfig, Sampled
 from rlhf_kit.evals.base import Columns, EvaluationConfig, is_sampled
 from rlhf_kit.evals.config import VERIFIER_COLUMN
 from rlhf_kit.evals.result import Estimate, Line, Plot, Result, Table
@@ -31,7 +32,8 @@ class BestOfN(EvaluationConfig):
     (steps end where `step_pattern` matches). Votes are for the final answer: the last match of `answer_pattern` (its
     first group, if it has one), or else what the completion marks as its answer, or its last word. A weighted vote adds
     up the rewards, or their sigmoids, of the completions with one answer. Prompts with fewer than `num_completions` (by
-    default the largest number that a prompt has) are left out.
+    default the largest number that a prompt has) are left out. Without `rewards` there are votes alone, and no model is
+    needed.
     """
 
     type: Literal["best_of_n"]
@@ -40,6 +42,10 @@ class BestOfN(EvaluationConfig):
     num_completions: int | None = Field(default=None, ge=2)
     step_pattern: str = r"\n"
     answer_pattern: str | None = None
+
+    @property
+    def may_ask_sources(self) -> bool:
+        return True
 
     def data_sets(self) -> Iterator[tuple[str, DataConfig, Columns]]:
         names = ("completion", VERIFIER_COLUMN[self.verifier]) if self.verifier else ("completion", "label")
@@ -50,18 +56,33 @@ class BestOfN(EvaluationConfig):
             pattern = getattr(self, field)
             found = pattern_problems(pattern) if pattern is not None else ()
             yield from (Problem(field, p.message, p.value, p.remedy) for p in found)
+        if isinstance(self.data, Sampled) and self.data.num_generations < (self.num_completions or 2):
+            what = f"is less than the {self.num_completions or 2} completions that best_of_n chooses among"
+            yield Problem("data.num_generations", what, self.data.num_generations, "sample more")
+
+    def rows_problem(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        largest = max(Counter(_key(row) for row in rows).values(), default=0)
+        if largest >= (self.num_completions or 2):
+            return None
+        return (
+            f"best_of_n chooses among several completions of a prompt, and no prompt has {self.num_completions or 2} "
+            f"(the most is {largest}): write one row a completion, or lower num_completions"
+        )
 
     def run(self, context: EvalContext) -> Result:
         """Score all completions, then choose.
 
         Raises:
-            ValueError: no prompt has several completions, or the verifier cannot judge a row.
+            ValueError: no prompt has several completions, or the verifier or a source can judge none of them.
         """
         import numpy as np
 
         from rlhf_kit.data.messages import completion_text
 
         rows = context.load(self.data)
+        problem = self.rows_problem(rows)
+        if problem is not None:
+            raise ValueError(f"data: {problem}")
         places = self._groups(rows)
         size, left_out = len(places[0]), len({_key(row) for row in rows}) - len(places)
         texts = [completion_text(row["completion"]) for row in rows]
@@ -92,14 +113,7 @@ class BestOfN(EvaluationConfig):
 
         groups = groups_of([_key(row) for row in rows])
         size = self.num_completions or max(len(group) for group in groups)
-        whole = [group[:size] for group in groups if len(group) >= size]
-        if size < 2 or not whole:
-            largest = max(len(group) for group in groups)
-            raise ValueError(
-                f"data: best_of_n chooses among several completions of a prompt, and no prompt has {max(size, 2)} "
-                f"(the most is {largest}): write one row a completion, or lower num_completions"
-            )
-        return whole
+        return [group[:size] for group in groups if len(group) >= size]
 
     def _label(self, number: int, row: Mapping[str, Any], text: str) -> float:
         from rlhf_kit.data.verifiers import verify
@@ -116,11 +130,15 @@ class BestOfN(EvaluationConfig):
 
     def _scores(self, context: EvalContext, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """Scores (N,) by way of choosing: each source's sum, and a process source's least step."""
+        import numpy as np
+
         if not context.stage.rewards:
             return {}
         scored = context.score(rows)
         found: dict[str, Any] = {}
         for name, source in scored.sources.items():
+            if np.isnan(source.totals).all():
+                raise ValueError(f"source '{name}' could judge no completion")
             found[name] = source.totals
             if source.kind == "process":
                 found[f"{name}, least step"] = scored.least_step(name, self.step_pattern)

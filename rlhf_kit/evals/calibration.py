@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.base import Columns, EvaluationConfig, is_sampled
-from rlhf_kit.evals.result import Estimate, Line, Plot, Result, Table
+from rlhf_kit.evals.result import Line, Plot, Result, Table
 from rlhf_kit.problems import Problem, listed
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Calibration(EvaluationConfig):
     A completion's summed reward is the logit of its success (`scores: logit`, as an implicit PRM's is) or a
     probability. `offset: base_rate` adds the log-odds of the share of successes in the data to the logit, which a
     PRM trained with an offset needs; a number is added as it is. ECE is given with `bins` bins of equal mass and of
-    equal width. `sources` are the sources to look at; without them all. A label is right from 0.5 on.
+    equal width. `sources` are the sources to look at; without them all. A label is right from 0.5 on. Every interval is
+    bootstrapped over prompts, that of a bin's share over the prompts that it holds rows of.
     """
 
     type: Literal["calibration"]
@@ -82,7 +83,8 @@ class Calibration(EvaluationConfig):
         result.tables.insert(0, Table("Calibration", columns, table))
         result.notes += [
             f"{len(rows)} rows, {labels.mean():.1%} right; intervals: bootstrap over prompts. ECE is biased upwards "
-            f"where bins hold few rows, and so is its interval.",
+            f"where bins hold few rows, and so is its interval. A bin of one prompt has no interval, and one "
+            "that is all right or all wrong has one without width.",
         ]
         if self.offset == "base_rate":
             result.notes.append("The log-odds of the base rate of these rows are added to the logits.")
@@ -107,9 +109,10 @@ class Calibration(EvaluationConfig):
         self, result: Result, name: str, probabilities: np.ndarray, labels: np.ndarray, keys: list[str]
     ) -> list[Any]:
         """The figures, the reliability table and the plot of one source; gives its line of the first table."""
-        from rlhf_kit.evals.reliability import brier, calibration_error, log_loss, reliability
+        import numpy as np
+
+        from rlhf_kit.evals.reliability import bin_places, brier, calibration_error, log_loss, reliability
         from rlhf_kit.evals.resampling import estimate, groups_of, mean_estimate
-        from rlhf_kit.evals.steps import accuracy_interval
 
         groups = groups_of(keys)
         rate = float(labels.mean())
@@ -130,10 +133,12 @@ class Calibration(EvaluationConfig):
         assert mean is not None
         result.figures[f"{name}.mean_probability"] = mean
         rows, points = [], []
-        for bin_ in reliability(probabilities, labels, self.bins, "mass"):
-            right = round(bin_.accuracy * bin_.count)
-            low, high = accuracy_interval([True] * right + [False] * (bin_.count - right))
-            share = Estimate(bin_.accuracy, low, high, bin_.count)
+        places = bin_places(probabilities, self.bins, "mass")
+        bins = zip(np.unique(places), reliability(probabilities, labels, self.bins, "mass"), strict=True)
+        for place, bin_ in bins:
+            inside = np.flatnonzero(places == place)
+            share = mean_estimate(labels[inside], [keys[row] for row in inside])
+            assert share is not None
             rows.append([f"{bin_.low:.3f} to {bin_.high:.3f}", bin_.count, bin_.confidence, share])
             points.append((bin_.confidence, share))
         heads = ["probability", "rows", "mean probability", "share right"]

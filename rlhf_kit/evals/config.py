@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 from rlhf_kit.config import Config, Location
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+PartShare = Annotated[float, Field(gt=0, lt=1)]  # of two parts, neither of which is empty
 # What each verifier reads of a row.
 VERIFIER_COLUMN = {"exact": "answer", "math": "answer", "reasoning_gym": "reasoning_gym_entry", "marketplace": "has"}
 
@@ -43,4 +44,4 @@ class StepEvaluation(Config):
     path: Location
     separator: str = "\n"
     limit: PositiveInt | None = None
-    threshold_fraction: Probability = 0.5
+    threshold_fraction: PartShare = 0.5

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from rlhf_kit.config import Location
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.evals.base import Columns, EvaluationConfig, is_sampled
-from rlhf_kit.evals.config import Probability, StepTruth
+from rlhf_kit.evals.config import PartShare, StepTruth
 from rlhf_kit.evals.result import Estimate, Result, Table
 from rlhf_kit.problems import Problem
 from rlhf_kit.rollout import CharRange
@@ -29,6 +29,8 @@ class FirstError(EvaluationConfig):
     `prompt, completion` whose steps have a known `truth`: steps behind the first wrong one are cut off. One solution a
     problem counts. A step scores the sum of its token rewards; it is called wrong below a threshold that is set on
     `threshold_fraction` of the problems and judged on the others. Beside the sources stand scores that need no model.
+    F1 and AUC have intervals bootstrapped over problems; the accuracies, each a share of solutions of different
+    problems, have Wilson's.
     """
 
     type: Literal["first_error"]
@@ -40,7 +42,7 @@ class FirstError(EvaluationConfig):
     chat: bool = False
     system: str | None = None
     limit: PositiveInt | None = None
-    threshold_fraction: Probability = 0.5
+    threshold_fraction: PartShare = 0.5
 
     @property
     def asks_sources(self) -> bool:

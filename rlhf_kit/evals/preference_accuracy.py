@@ -79,10 +79,15 @@ def verdict(chosen: float, rejected: float) -> float:
 
 
 def _paired(rows: Sequence[dict[str, Any]], subset: str) -> tuple[list[dict[str, Any]], list[Pair]]:
+    """The completions of rows of two, and where each pair's are."""
     completions, pairs = [], []
+    own = {side: f"{side}_ids" for side in ("chosen", "rejected")}  # the tokens that were sampled, where rows have them
     for row in rows:
-        rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        completions += [{**rest, "completion": row["chosen"]}, {**rest, "completion": row["rejected"]}]
+        rest = {name: value for name, value in row.items() if name not in own and name not in own.values()}
+        completions += [
+            {**rest, "completion": row[side], **({"completion_ids": row[ids]} if ids in row else {})}
+            for side, ids in own.items()
+        ]
         pairs.append(Pair(len(completions) - 2, len(completions) - 1, str(row.get(subset) or "")))
     return completions, pairs
 

@@ -61,7 +61,7 @@ def run_eval(
 
 def fingerprint_of(stage: Eval, evaluation: EvaluationConfig, seed: int) -> str:
     """SHA-256 of what an evaluation depends on: its configuration, the model, the sources, their files, the seed."""
-    sources = stage.rewards if evaluation.asks_sources or evaluation.type == "best_of_n" else ()
+    sources = stage.rewards if evaluation.may_ask_sources else ()
     model = stage.model if evaluation.runs_model or sources else None
     others = list(input_files(evaluation)) if isinstance(evaluation, Audit) else []
     return config_fingerprint(evaluation, model, *sources, others=[*others, __version__], seed=seed)

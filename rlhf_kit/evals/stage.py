@@ -47,8 +47,11 @@ class Eval(Config):
         yield from source_problems(self.rewards, self.model, {"sum": "what the sum of all sources is called"})
         for name, evaluation in self.evals.items():
             path = f"evals.{name}"
-            if evaluation.runs_model and self.model is None:
-                what = f"{evaluation.type} needs a model"
+            scored = bool(self.rewards) and evaluation.may_ask_sources
+            if (evaluation.runs_model or scored) and self.model is None:
+                what = f"{evaluation.type} needs a model" + (
+                    "" if evaluation.runs_model else " for the rewards to score"
+                )
                 yield Problem(path, what, remedy="add model: {path: ...} to the stage: the policy")
             if evaluation.asks_sources and not self.rewards:
                 what = f"{evaluation.type} needs reward sources"

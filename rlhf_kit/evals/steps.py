@@ -160,16 +160,17 @@ def best_threshold(step_scores: StepScores, labels: Sequence[int]) -> float:
     Raises:
         ValueError: there are not both erroneous and right solutions to choose on.
     """
+    if first_error_f1([-1] * len(labels), labels) is None:
+        raise ValueError(
+            f"a threshold needs both erroneous and right solutions, and {len(labels)} have "
+            f"{sum(label >= 0 for label in labels)} erroneous ones: use more solutions"
+        )
     levels = np.unique([score for scores in step_scores for score in scores])
     candidates = [levels[0] - 1, *((levels[:-1] + levels[1:]) / 2), levels[-1] + 1]
     values: list[float] = []
     for candidate in candidates:
         result = first_error_f1([first_below(scores, candidate) for scores in step_scores], labels)
-        if result is None:
-            raise ValueError(
-                f"a threshold needs both erroneous and right solutions, and {len(labels)} have "
-                f"{sum(label >= 0 for label in labels)} erroneous ones: use more solutions"
-            )
+        assert result is not None
         values.append(result.f1)
     return float(candidates[int(np.argmax(values))])
 

@@ -160,6 +160,48 @@ def test_what_an_evaluation_cannot_do_without(recipe, evaluation, message, tmp_p
     assert any(message in problem for problem in refusals(recipe, evals={"e": evaluation}))
 
 
+VOTES = [{"prompt": f"{row // 3} =", "completion": "1", "label": row % 2} for row in range(6)]
+BEST = {"type": "best_of_n"}
+
+
+def test_best_of_n_without_rewards_needs_no_model_and_with_them_does(recipe, jsonl):
+    evals = {"e": {**BEST, "data": jsonl(VOTES)}}
+    assert recipe(model=None, rewards=None, evals=evals).stages
+    (problem,) = refusals(recipe, model=None, evals=evals)
+    assert problem.startswith("evals.e: best_of_n needs a model for the rewards to score")
+
+
+def test_best_of_n_reads_the_columns_of_its_sources(recipe, jsonl):
+    rewards = [{"type": "verifier", "verifier": "exact"}]
+    (problem,) = refusals(recipe, rewards=rewards, evals={"e": {**BEST, "data": jsonl(VOTES)}})
+    assert problem.startswith("evals.e.data: verifier exact reads answer, and there is only prompt, completion, label")
+
+
+@pytest.mark.parametrize(("asked", "rows", "most"), [(4, VOTES, 3), (None, VOTES[::3], 1)])
+def test_more_completions_than_any_prompt_has_are_refused(recipe, jsonl, asked, rows, most):
+    (problem,) = refusals(recipe, evals={"e": {**BEST, "num_completions": asked, "data": jsonl(rows)}})
+    needed = f"evals.e.data: best_of_n chooses among several completions of a prompt, and no prompt has {asked or 2} "
+    assert problem.startswith(f"{needed}(the most is {most})")
+    assert recipe(evals={"e": {**BEST, "num_completions": 3, "data": jsonl(VOTES)}}).stages
+
+
+def test_more_completions_than_are_sampled_are_refused(recipe, small_policy):
+    prompts = {"type": "running_sums", "size": 4, "terms": 2, "modulus": 7}
+    data = {"type": "sampled", "model": str(small_policy), "prompts": prompts, "verifier": "exact"}
+    best = {**BEST, "num_completions": 5, "data": {**data, "num_generations": 4}}
+    (problem,) = refusals(recipe, evals={"e": best})
+    assert problem.startswith("evals.e.data.num_generations: is less than the 5 completions")
+    assert recipe(evals={"e": {**best, "num_completions": 4}}).stages
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_threshold_is_set_on_a_part_of_the_problems(recipe, jsonl, share):
+    rows = jsonl([{"prompt": "1 =", "completion": "1", "steps": ["1"]}])
+    errors = {"type": "first_error", "data": rows, "truth": {"column": "steps"}, "threshold_fraction": share}
+    (problem,) = refusals(recipe, evals={"e": errors})
+    assert problem.startswith("evals.e.threshold_fraction: must be")
+
+
 def test_another_beta_than_the_trained_one_is_doubted(recipe, jsonl, prm, small_policy):
     record = prm / "prm.json"
     record.write_text(json.dumps({"beta": 0.3, "reference": str(small_policy)}))

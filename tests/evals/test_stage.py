@@ -73,6 +73,24 @@ def test_preference_accuracy(stage, context, run, jsonl):
     assert figures["implicit_prm.minus_length"]["value"] == pytest.approx(hits.mean() - 0.5)
 
 
+def test_pairs_are_scored_by_the_tokens_that_were_sampled(stage, context, run, jsonl):
+    """One completion was cut off, so that its ids lack the end of sequence, which its text alone would be given."""
+    row = {"prompt": "1 2 =", "chosen": "3 5", "rejected": "4 1"}
+    own = stage(evals={"pairs": {"type": "preference_accuracy", "data": jsonl([row])}})
+    assert run(own)["pairs"]["figures"]["length only.accuracy"]["value"] == 0.5
+    tokenizer = context(own).tokenizer
+    ids = {side: tokenizer(row[side])["input_ids"] for side in ("chosen", "rejected")}
+    jsonl([{**row, "chosen_ids": ids["chosen"], "rejected_ids": [*ids["rejected"], tokenizer.eos_token_id]}])
+    figures = run(own)["pairs"]["figures"]
+    assert figures["length only.accuracy"]["value"] == 0.0
+    sampled = [
+        {"prompt": "1 2 =", "completion": "3 5", "completion_ids": ids["chosen"]},
+        {"prompt": "1 2 =", "completion": "4 1"},
+    ]
+    chosen, rejected = context(own).score(sampled).sources["implicit_prm"].totals
+    assert figures["implicit_prm.accuracy"]["value"] == float(chosen > rejected)
+
+
 def test_pairs_of_labelled_completions_are_all_right_ones_against_all_wrong_ones(stage, context, run, jsonl):
     own = stage(evals={"pairs": {"type": "preference_accuracy", "pairs": "labelled", "data": jsonl(LABELLED)}})
     totals = context(own).score(LABELLED).sources["implicit_prm"].totals
@@ -123,6 +141,14 @@ def test_best_of_n(stage, context, run, jsonl):
         assert figures[f"best by {name}.gain"]["value"] == pytest.approx(means[4] - means[1])
     # Answers are the last words: 3 3 4 4 is a draw, 6 5 5 1 is won by 5, 1 1 0 1 by 1.
     assert figures["majority vote.4"]["value"] == pytest.approx((0.5 + 0 + 1) / 3)
+
+
+def test_best_of_n_by_a_source_that_judges_nothing_is_refused(stage, run, jsonl):
+    rows = [{name: value for name, value in row.items() if name != "answer"} for row in LABELLED]
+    rewards = [{"type": "verifier", "verifier": "exact"}]
+    own = stage(rewards=rewards, evals={"best": {"type": "best_of_n", "data": jsonl(rows)}})
+    with pytest.raises(RunError, match=r"evals.best: source 'verifier' could judge no completion"):
+        run(own)
 
 
 def test_best_of_n_by_a_verifier_and_without_a_model(run, jsonl):
@@ -176,6 +202,22 @@ def test_calibration(stage, context, run, jsonl, offset):
         calibration_error(probabilities, labels, 3, "width")
     )
     assert figures["implicit_prm.brier_base_rate"]["value"] == pytest.approx(rate * (1 - rate))
+
+
+def test_the_share_of_a_bin_has_an_interval_over_prompts(stage, run, jsonl):
+    """Ten rows of one prompt are all right and ten of another all wrong: drawn two at a time, their share is 0 or 1."""
+    rows = [{"prompt": f"{k} =", "completion": "1", "label": k} for k in (0, 1) for _ in range(10)]
+    rows += [{"prompt": "2 =", "completion": "3", "label": 1}] * 5
+    evals = {"cal": {"type": "calibration", "data": jsonl(rows), "bins": 2}}
+    own = stage(rewards=[{"type": "function", "function": "f"}], evals=evals)
+
+    def judge(completions: list[str], **columns: Any) -> list[float]:
+        return [-1.0 if text == "1" else 2.0 for text in completions]
+
+    (table,) = [t for t in run(own, functions={"f": judge})["cal"]["tables"] if t["title"].startswith("Reliability")]
+    (_, count, _, low), (_, few, _, high) = table["rows"]
+    assert (count, low) == (20, {"value": 0.5, "low": 0.0, "high": 1.0, "count": 2})
+    assert (few, high) == (5, {"value": 1.0, "low": None, "high": None, "count": 1})
 
 
 def test_scores_that_are_no_probabilities_are_refused(stage, run, jsonl):

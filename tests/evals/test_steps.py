@@ -165,6 +165,8 @@ def test_no_threshold_beats_the_best(step_scores, data):
 def test_a_threshold_needs_both_kinds():
     with pytest.raises(ValueError, match="2 have 2 erroneous ones"):
         best_threshold([[0.1], [0.2]], [0, 0])
+    with pytest.raises(ValueError, match="needs both erroneous and right solutions, and 0 have 0"):
+        best_threshold([], [])
 
 
 def test_step_auc_compares_right_steps_with_first_wrong_ones():
