@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,7 @@ from rlhf_kit.data.messages import completion_messages, completion_text
 from rlhf_kit.errors import RunError
 from rlhf_kit.rollout import Text
 
+logger = logging.getLogger(__name__)
 OutcomeRows = Mapping[str, Tensor]
 Encoded = TypeVar("Encoded")
 
@@ -30,11 +32,55 @@ def encode_outcomes(
         RunError: a row cannot be encoded; the message names it as `origins` does.
     """
 
+    encoder = RowEncoder(tokenizer)
+
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        ids = encode_row(tokenizer, row["prompt"], row["completion"], row.get("completion_ids"))
+        ids = encoder(row["prompt"], row["completion"], row.get("completion_ids"))
         return {**ids, "length": sum(map(len, ids.values())), "label": float(row["label"])}
 
-    return Dataset.from_list(list(each_row(data, origins, encode)))
+    return Dataset.from_list(list(encoder.each_row(data, origins, encode)))
+
+
+class RowEncoder:
+    """`encode_row` for the rows of one data set, with a count of the sampled ids that were not this tokenizer's.
+
+    Attributes:
+        sampled: completions that came with ids.
+        foreign: those of them whose text was encoded instead.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.sampled = 0
+        self.foreign = 0
+
+    def __call__(self, prompt: Text, completion: Text, sampled: Sequence[int] | None = None) -> dict[str, list[int]]:
+        ids = encode_row(self._tokenizer, prompt, completion, sampled)
+        if sampled is not None:
+            self.sampled += 1
+            self.foreign += ids["completion_ids"] != list(sampled)
+        return ids
+
+    def each_row(
+        self,
+        data: Iterable[Mapping[str, Any]],
+        origins: Origins | None,
+        encode: Callable[[Mapping[str, Any]], Encoded],
+    ) -> Iterator[Encoded]:
+        """`each_row`, and at its end a warning if ids were foreign."""
+        yield from each_row(data, origins, encode)
+        self.warn("data" if origins is None else origins.source)
+
+    def warn(self, source: str) -> None:
+        """Say how many of the sampled ids were foreign, if some were."""
+        if self.foreign:
+            logger.warning(
+                "%s: the sampled ids of %d of %d completions do not spell their text in this model's tokenizer "
+                "(another model's sampled them, or the text was edited): the text was encoded instead",
+                source,
+                self.foreign,
+                self.sampled,
+            )
 
 
 def each_row(
@@ -59,8 +105,8 @@ def encode_row(
     """Ids of a prompt as generation sees it, and of its completion as if it had been sampled behind it.
 
     The two are encoded apart, so that the completion starts on a token of its own; it ends with the token that ends
-    a turn in the chat template, or else the end-of-sequence token. `sampled` ids stay as they are: the text may have
-    other tokens, and a completion that was cut off has no end.
+    a turn in the chat template, or else the end-of-sequence token. `sampled` ids that spell the completion (`says`)
+    stay as they are: the text may have other tokens, and a completion that was cut off has no end.
 
     Raises:
         ValueError: the chat template renders the prompt differently once an answer follows.
@@ -70,8 +116,15 @@ def encode_row(
         prompt_ids = _ids(tokenizer, prompt_text)
     else:
         prompt_ids = _ids(tokenizer, prompt_text, add_special_tokens=False)
-    own = _closed(_ids(tokenizer, text, False), tokenizer) if sampled is None else list(sampled)
-    return {"prompt_ids": prompt_ids, "completion_ids": own}
+    if sampled is not None and says(tokenizer, sampled, completion):
+        return {"prompt_ids": prompt_ids, "completion_ids": list(sampled)}
+    return {"prompt_ids": prompt_ids, "completion_ids": _closed(_ids(tokenizer, text, False), tokenizer)}
+
+
+def says(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Text) -> bool:
+    """Whether ids are tokens of this tokenizer that spell a completion, its special tokens apart."""
+    known = len(ids) > 0 and min(ids) >= 0 and max(ids) < len(tokenizer)
+    return known and tokenizer.decode(list(ids), skip_special_tokens=True) == completion_text(completion)
 
 
 def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, str]:

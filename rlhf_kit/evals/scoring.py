@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.credit.spans import segment, step_ids, token_offsets
 from rlhf_kit.data.messages import completion_like
-from rlhf_kit.data.outcomes import collate_outcomes, encode_row
+from rlhf_kit.data.outcomes import RowEncoder, collate_outcomes
 from rlhf_kit.models.scorer import rollout_outputs
 from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rollout import CharRange, RewardSource, Rollout, Status
@@ -83,9 +83,9 @@ class Scored:
 class GivenScorer:
     """Asks sources about completions that somebody else has written or sampled.
 
-    A completion's tokens are its `completion_ids` where it has them, else those of its text behind the prompt. Nothing
-    trains here, so that the policy that sampled, its initial weights and its moving average are all `policy`, unless
-    another model is said to have sampled (`sampled_by`).
+    A completion's tokens are its `completion_ids` where these spell its text (`encode_row`), else those of its text
+    behind the prompt. Nothing trains here, so that the policy that sampled, its initial weights and its moving average
+    are all `policy`, unless another model is said to have sampled (`sampled_by`).
 
     Args:
         policy: the model with the head of `add_log_prob_head`.
@@ -124,9 +124,10 @@ class GivenScorer:
         offsets: list[list[CharRange]] = []
         tokens: dict[str, list[np.ndarray]] = {source.name: [] for source in self._sources}
         status: dict[str, list[int]] = {source.name: [] for source in self._sources}
+        encoder = RowEncoder(self._tokenizer)
         for start in range(0, len(rows), self._batch_size):
             on_batch(start, len(rows))
-            rollout = given_rollout(rows[start : start + self._batch_size], self._tokenizer, self._device)
+            rollout = given_rollout(rows[start : start + self._batch_size], self._tokenizer, self._device, encoder)
             lengths = rollout.completion_mask.sum(dim=1).tolist()
             texts += rollout.texts
             offsets += [list(own[:length]) for own, length in zip(rollout.offsets, lengths, strict=True)]
@@ -134,6 +135,7 @@ class GivenScorer:
                 tokens[name] += [row[:length] for row, length in zip(values, lengths, strict=True)]
                 status[name] += codes
         on_batch(len(rows), len(rows))
+        encoder.warn("completions to score")
         found = {
             source.name: _of_source(source.kind, tokens[source.name], status[source.name]) for source in self._sources
         }
@@ -204,18 +206,19 @@ class GivenScorer:
         return SourceScores(kind, totals, tokens, int(missing.sum()), 0, status)
 
 
-def given_rollout(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Rollout:
-    """Rows of `prompt` and `completion` as a rollout, without log-probabilities.
+def given_rollout(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    encoder: RowEncoder | None = None,
+) -> Rollout:
+    """Rows of `prompt` and `completion` as a rollout, without log-probabilities; `encoder` counts foreign ids.
 
     Raises:
         ValueError: the chat template renders a prompt differently once an answer follows.
     """
-    encoded = []
-    for row in rows:
-        ids = encode_row(tokenizer, row["prompt"], row["completion"])
-        if row.get("completion_ids") is not None:
-            ids["completion_ids"] = list(row["completion_ids"])
-        encoded.append(ids)
+    encode = encoder or RowEncoder(tokenizer)
+    encoded = [encode(row["prompt"], row["completion"], row.get("completion_ids")) for row in rows]
     batch = {name: value.to(device) for name, value in collate_outcomes(encoded, _pad_id(tokenizer)).items()}
     width = batch["completion_ids"].shape[1]
     texts, offsets = [], []

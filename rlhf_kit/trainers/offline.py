@@ -17,7 +17,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.data.load import Origins, Sampler
-from rlhf_kit.data.outcomes import each_row, encode_row
+from rlhf_kit.data.outcomes import RowEncoder
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import ModelConfig, Pretrained
 from rlhf_kit.models.loading import load_copy, load_model
@@ -148,20 +148,21 @@ def check_columns(data: Dataset, columns: Sequence[str], objective: str) -> None
 def trl_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, origins: Origins) -> Dataset:
     """Rows of text or messages as ids, for TRL: `prompt_ids`, `chosen_ids, rejected_ids` or `completion_ids, label`.
 
-    Ids that the data have already are those that were sampled, and stay.
+    Ids that the data have already are those that were sampled, and stay where they spell the text (`encode_row`).
 
     Raises:
         RunError: a row cannot be encoded; the message names it.
     """
+    encoder = RowEncoder(tokenizer)
     roles = ("chosen", "rejected") if "chosen" in data.column_names else ("completion",)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        encoded = {role: encode_row(tokenizer, row["prompt"], row[role], row.get(f"{role}_ids")) for role in roles}
+        encoded = {role: encoder(row["prompt"], row[role], row.get(f"{role}_ids")) for role in roles}
         ids = {f"{role}_ids": of["completion_ids"] for role, of in encoded.items()}
         label = {"label": bool(row["label"])} if "completion" in roles else {}
         return {"prompt_ids": encoded[roles[0]]["prompt_ids"], **ids, **label}
 
-    return Dataset.from_list(list(each_row(data.to_list(), origins, encode)))
+    return Dataset.from_list(list(encoder.each_row(data.to_list(), origins, encode)))
 
 
 def objective_rows(
@@ -172,11 +173,12 @@ def objective_rows(
     Raises:
         RunError: a row cannot be encoded, or lacks a number; the message names it.
     """
+    encoder = RowEncoder(tokenizer)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
         for role, (prompt, completion) in objective.roles.items():
-            ids = encode_row(tokenizer, row[prompt], row[completion], row.get(f"{completion}_ids"))
+            ids = encoder(row[prompt], row[completion], row.get(f"{completion}_ids"))
             encoded |= {f"{role}.{name}": value for name, value in ids.items()}
         for name, default in objective.numbers.items():
             value = default if row.get(name) is None else row[name]
@@ -185,7 +187,7 @@ def objective_rows(
             encoded[name] = float(value)
         return encoded
 
-    return Dataset.from_list(list(each_row(data.to_list(), origins, encode)))
+    return Dataset.from_list(list(encoder.each_row(data.to_list(), origins, encode)))
 
 
 def with_sampled_ids(columns: Sequence[str], data: Dataset) -> list[str]:

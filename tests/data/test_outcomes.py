@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_kit.data.outcomes import collate_outcomes, encode_outcomes, encode_row, render_row
+from rlhf_kit.data.outcomes import RowEncoder, collate_outcomes, encode_outcomes, encode_row, render_row
 from rlhf_kit.models.generation import encode_prompts
 from rlhf_kit.models.tokenizers import word_level_tokenizer
 
@@ -42,6 +42,32 @@ def test_a_completion_that_is_closed_is_not_closed_twice(tokenizer) -> None:
 def test_an_unknown_word_or_nothing_at_all_is_no_end(tokenizer) -> None:
     assert words(tokenizer, encode_row(tokenizer, "1 =", "never")["completion_ids"]) == "<unk> <eos>"
     assert words(tokenizer, encode_row(tokenizer, "1 =", "")["completion_ids"]) == "<eos>"
+
+
+@pytest.mark.parametrize("prompt", ["1 =", PROMPT])
+def test_ids_that_spell_the_completion_stay_and_others_do_not(tokenizer, prompt) -> None:
+    """A cut completion has no end, and an end does not show in the text; ids of another vocabulary say other words."""
+    tokenizer.chat_template = CHAT
+    completion = "1 2" if isinstance(prompt, str) else [{"role": "assistant", "content": "1 2"}]
+    one, two, plus, end = tokenizer.convert_tokens_to_ids(["1", "2", "+", "<eos>"])
+    own = encode_row(tokenizer, prompt, completion)["completion_ids"]
+    assert own == [one, two, end]
+    encoder = RowEncoder(tokenizer)
+    for ids in ([one, two], [one, two, end], [one, end, two]):
+        assert encoder(prompt, completion, ids)["completion_ids"] == ids
+    assert (encoder.sampled, encoder.foreign) == (3, 0)
+    for ids in ([one, plus], [one], [], [one, two, len(tokenizer)], [one, two, -1], [10**9]):
+        assert encoder(prompt, completion, ids)["completion_ids"] == own
+    assert encoder(prompt, completion)["completion_ids"] == own
+    assert (encoder.sampled, encoder.foreign) == (9, 6)
+
+
+def test_foreign_ids_are_counted_in_one_warning(tokenizer, caplog) -> None:
+    rows = [{"prompt": "1", "completion": "2", "completion_ids": ids, "label": 1} for ids in ([0], None, [1], [0])]
+    rows[2]["completion_ids"] = encode_row(tokenizer, "1", "2")["completion_ids"]
+    assert len({tuple(row["completion_ids"]) for row in encode_outcomes(rows, tokenizer)}) == 1
+    (record,) = caplog.records
+    assert "2 of 3 completions" in record.message
 
 
 def test_the_completion_does_not_merge_with_the_prompt() -> None:
@@ -109,7 +135,8 @@ def test_a_batch_without_labels_has_none() -> None:
 
 
 def test_what_was_sampled_is_what_is_learnt_from(tokenizer) -> None:
-    rows = [{"prompt": "1 =", "completion": "2 2", "completion_ids": [5, 9], "label": True}]
+    ids = tokenizer.convert_tokens_to_ids(["2", "2"])
+    rows = [{"prompt": "1 =", "completion": "2 2", "completion_ids": ids, "label": True}]
     (row,) = encode_outcomes(rows, tokenizer)
-    assert row["completion_ids"] == [5, 9]  # no end token: the completion was cut off
+    assert row["completion_ids"] == ids  # no end token: the completion was cut off
     assert row["length"] == len(row["prompt_ids"]) + 2

@@ -49,10 +49,26 @@ def test_an_implicit_prm_gives_the_log_ratio_of_every_token(stage, context, smal
 
 def test_tokens_that_were_sampled_are_not_encoded_again(stage, context, small_policy, prm):
     tokenizer = AutoTokenizer.from_pretrained(small_policy)
-    cut = {**ROWS[0], "completion_ids": tokenizer("3 5", add_special_tokens=False)["input_ids"]}  # no end
+    ids = tokenizer("3 5", add_special_tokens=False)["input_ids"]  # no end
+    cut = {**ROWS[0], "completion": "3 5", "completion_ids": ids}
     found = context(stage(evals=EVALS)).score([cut]).sources["implicit_prm"]
     expected = 0.5 * (log_probs(prm, cut) - log_probs(small_policy, cut))
     assert found.tokens[0] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_tokens_of_another_tokenizer_are_not_scored(stage, context, caplog):
+    """The same numbers say something else, or nothing, here: what the row says is encoded, and that is said once."""
+    score = context(stage(evals=EVALS, batch_size=1)).score
+    foreign = [{**ROWS[0], "completion_ids": ids} for ids in ([0, 1], [10**6], [-1], [])]
+    found, plain = score([*foreign, ROWS[1]]), score([ROWS[0]] * 4)
+    assert found.texts == [*plain.texts, ROWS[1]["completion"]]
+    for own, expected in zip(found.sources["implicit_prm"].tokens, plain.sources["implicit_prm"].tokens, strict=False):
+        assert own.tolist() == pytest.approx(expected.tolist())
+    assert (
+        [record.message for record in caplog.records if "4 of 4 completions" in record.message]
+        == [record.message for record in caplog.records]
+        != []
+    )
 
 
 def test_steps_share_out_the_whole_reward(stage, context):

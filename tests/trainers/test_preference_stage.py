@@ -328,3 +328,17 @@ def test_a_broken_row_is_named(make: Make, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(RunError, match="row 2: 'scope' is missing"):
         run_preference(stage, StageRun(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_ids_of_another_tokenizer_are_not_trained_on(objective: str, make: Make, tmp_path: Path) -> None:
+    """Whether this vocabulary has them or not, the text is what is learnt."""
+    stage = make(objective)
+    run_preference(stage, StageRun(tmp_path / "text"))
+    ids = ([0], [10**6], [1, 1], None)
+    foreign = [{**row, "chosen_ids": own, "rejected_ids": own} for row, own in zip(ROWS, ids, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, foreign)))
+    run_preference(stage, StageRun(tmp_path / "ids"))
+    trained = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("text", "ids")]
+    for name, weight in trained[0].state_dict().items():
+        assert torch.equal(weight, trained[1].state_dict()[name]), name
