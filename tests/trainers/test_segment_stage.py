@@ -129,11 +129,16 @@ def test_it_learns_which_words_are_bad_and_the_written_model_knows_it(stage, wri
 def test_the_held_out_loss_chooses_the_best_checkpoint(stage, write, tmp_path) -> None:
     logs = Logs()
     strategy = {f"{what}_strategy": "steps" for what in ("eval", "save")}
-    args = {"max_steps": 6, "learning_rate": 3.0, **strategy, "eval_steps": 1, "save_steps": 1}
+    args = {"max_steps": 6, "learning_rate": 3e-2, **strategy, "eval_steps": 1, "save_steps": 1}
+    good = [{"start": 7, "end": 11, "label": "Bad"}]
+    opposite = [
+        {"text": "it was bad", "spans": []},
+        {"text": "it was good", "spans": good},
+    ]  # learning is for the worse
     given = stage(
         write(annotated(TEXTS * 2)),
         {**args, "load_best_model_at_end": True},
-        eval_data=write(annotated(["bad film", "good"]), "held_out"),
+        eval_data=write(opposite, "held_out"),
         model={"peft": LORA},
     )
     results = run_segment(given, StageRun(tmp_path / "run", callbacks=[logs]))
