@@ -139,9 +139,9 @@ def _estimator(stage: Ppo) -> Iterator[Problem]:
     if group < 2 and credit.compares_completions:
         remedy = "write at least 2, or use credit.estimator gae or reinforce"
         yield Problem(path, f"credit.estimator {credit.estimator} compares completions of a prompt", group, remedy)
-    elif group < 2 and credit.scale == "group":
-        remedy = "write at least 2, or credit.scale none or batch"
-        yield Problem(path, "credit.scale group divides by a group's standard deviation", group, remedy)
+    if credit.scale == "group" and not credit.compares_completions:
+        what = f"divides by a group's deviation what {credit.estimator} does not centre: equal scores by nearly 0"
+        yield Problem("credit.scale", what, "group", "write batch or none")
     if credit.estimator in PROCESS_ESTIMATORS and all(source.kind != "process" for source in stage.rewards):
         remedy = "add an implicit_prm to rewards, or use rloo"
         yield Problem("credit.estimator", "needs a process reward", credit.estimator, remedy)

@@ -583,8 +583,8 @@ PRETRAINED = "model={type: pretrained, path: some/model}"
         ),
         (["trainer.args.num_generations=1", "credit.estimator=group"], ["group compares completions"]),
         (
-            ["trainer.args.num_generations=1", "credit.estimator=reinforce", "credit.scale=group"],
-            ["credit.scale group divides by a group's standard deviation"],
+            ["credit.estimator=reinforce", "credit.scale=group"],
+            ["credit.scale: divides by a group's deviation what reinforce does not centre"],
         ),
         (
             ["credit.estimator=prime"],
