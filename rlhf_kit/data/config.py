@@ -224,7 +224,9 @@ class Perturbed(DataBase):
 class Mixed(DataBase):
     """Experience replay (DICE, arXiv 2406.09760): `rows`, and of `replay` as many that they are `share` of the whole.
 
-    Rows to replay whose prompt is among `rows` are left out. The mixture has the columns that both have.
+    Rows to replay whose prompt is among `rows` are left out, whether it is text or messages and whatever the system
+    message. The mixture has the columns that both have, and the ids of sampled completions that either has: a row
+    without ids is encoded from its text.
     """
 
     type: Literal["mixed"]
@@ -247,7 +249,10 @@ class CorruptedPrompts(DataBase):
 
 
 class Concatenated(DataBase):
-    """The rows of several data sets under each other, with the columns that all of them have."""
+    """The rows of several data sets under each other, with the columns that all of them have.
+
+    Ids of sampled completions are kept if one has them: a row without ids is encoded from its text.
+    """
 
     type: Literal["concatenated"]
     sets: Annotated[tuple[PromptConfig, ...], Field(min_length=2)]

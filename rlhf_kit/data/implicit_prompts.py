@@ -75,3 +75,16 @@ def opening(prompt: Text) -> str:
         users: Sequence[Any] = [message for message in prompt if message.get("role") == "user"]
         return content_text(users[0]) if users else ""
     return prompt.split(ASSISTANT)[0].removeprefix(HUMAN).strip() if prompt.startswith(HUMAN) else prompt
+
+
+def turns_said(prompt: Text) -> tuple[tuple[str, str], ...]:
+    """Who says what in a prompt: alike for one prompt in all its forms.
+
+    Those are text, a dialogue in one text, and messages, whatever keys these have beside. What the system says counts
+    only where nobody else speaks.
+    """
+    if isinstance(prompt, str):
+        prompt = dialogue_messages(prompt) or [{"role": "user", "content": prompt}]
+    messages: Sequence[Any] = prompt
+    said = [message for message in messages if message["role"] not in ("system", "developer")]
+    return tuple((message["role"], content_text(message).strip()) for message in said or messages)

@@ -40,6 +40,7 @@ from rlhf_kit.data.gsm8k import gsm8k_rows
 from rlhf_kit.data.marketplace import marketplace
 from rlhf_kit.data.messages import completion_like
 from rlhf_kit.data.mixing import with_replay
+from rlhf_kit.data.names import in_common
 from rlhf_kit.data.perturbations import corrupted_prompts, perturbed_rows
 from rlhf_kit.data.shaping import Row, dataset_of, renamed, selection, with_prompts, with_spans, with_templates
 from rlhf_kit.data.tasks import reasoning_gym, running_sums
@@ -180,11 +181,12 @@ def _read_corrupted_prompts(config: CorruptedPrompts) -> Dataset:
 
 def _read_concatenated(config: Concatenated) -> Dataset:
     sets = [load_data(part) for part in config.sets]
-    columns = [name for name in sets[0].column_names if all(name in part.column_names for part in sets)]
+    columns = in_common([part.column_names for part in sets])
     if "prompt" not in columns:
         have = "; ".join(", ".join(part.column_names) for part in sets)
         raise ValueError(f"{_source(config)}: their columns ({have}) have no prompt in common")
-    return _dataset([{name: row[name] for name in columns} for part in sets for row in part.to_list()], _source(config))
+    rows = [{name: row.get(name) for name in columns} for part in sets for row in part.to_list()]
+    return _dataset(rows, _source(config))
 
 
 def _read_running_sums(config: RunningSums) -> Dataset:

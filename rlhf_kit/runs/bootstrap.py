@@ -16,13 +16,14 @@ from rlhf_kit.config import Config
 from rlhf_kit.data.files import write_whole
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.verifiers import verify
+from rlhf_kit.evals.accuracy import refuse_unjudgeable
 from rlhf_kit.evals.fingerprint import config_fingerprint
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
-from rlhf_kit.models.loading import load_copy, load_tokenizer
+from rlhf_kit.models.loading import load_copy, load_tokenizer, save_whole
 from rlhf_kit.processes import of_main, processes
 from rlhf_kit.runs.folder import RESULT_FILE, put_aside, recorded
-from rlhf_kit.trainers.config import Bootstrap, HeldOutEvaluation, Stop
+from rlhf_kit.trainers.config import START, Bootstrap, HeldOutEvaluation, Stop
 from rlhf_kit.trainers.setup import StageRun
 
 STEP_FILE = "step.json"
@@ -38,10 +39,11 @@ def run_bootstrap(stage: Bootstrap, run: StageRun, run_step: RunStep) -> Results
     """
     folder = run.folder
     rounds: list[Results] = []
+    copied = _copied_start(stage, run)
     start = _evaluated(stage, 0, run)
-    minutes = start.pop("minutes", 0.0)
+    minutes = copied.get("minutes", 0.0) + start.pop("minutes", 0.0)
     for number in range(1, stage.rounds + 1):
-        pairs, training = stage.pairs_of(number, folder), stage.preference_of(number, folder)
+        pairs, training = stage.pairs_of(number, folder), stage.preference_of(number, folder, run.seed)
         sampled = _step(pairs, folder / f"round-{number}" / "pairs", run, run_step)
         trained = _step(training, folder / f"round-{number}" / "preference", run, run_step)
         measured = _evaluated(stage, number, run)
@@ -101,6 +103,29 @@ def _begin(stage: Config, folder: Path, seed: int) -> bool:
     return of_main(done)
 
 
+class _Start(Config):
+    """What a copy of the first model depends on."""
+
+    model: Pretrained
+
+
+def _copied_start(stage: Bootstrap, run: StageRun) -> Results:
+    """A copy of the first model, where a reward's path could not say which it is."""
+    if not stage.copies_start:
+        return {}
+    main = processes().is_main_process
+
+    def copy(where: Path) -> Results:
+        if main:
+            save_whole(stage.model, where / "model")
+        return {}
+
+    folder = (run.folder / START).parent
+    return _step(
+        _Start(model=stage.model), folder, run, lambda _, where, name: recorded(where, main, lambda: copy(where))
+    )
+
+
 # --- evaluation ---
 
 
@@ -122,9 +147,14 @@ class _Measurement(Config):
 
 
 def _measure(step: _Measurement, run: StageRun) -> Results:
-    """Every process takes its share of the prompts."""
+    """Every process takes its share of the prompts.
+
+    Raises:
+        ValueError: the verifier cannot judge a row.
+    """
     state, settings = processes(), step.evaluation
     rows = load_data(settings.data).to_list()
+    refuse_unjudgeable(rows, settings)
     own = rows[state.process_index :: state.num_processes]
     model = cast(Any, load_copy(step.model)).to(state.device)
     tokenizer = load_tokenizer(step.model)
@@ -139,16 +169,20 @@ def _measure(step: _Measurement, run: StageRun) -> Results:
     )
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     scored = [(verify(settings.verifier, text, row), len(i)) for text, row, i in zip(texts, own, ids, strict=True)]
-    known = [(score, n) for score, n in cast(list[Any], gather_object(scored)) if score is not None]
-    return {"eval_accuracy": fmean(score for score, _ in known), "eval_length": fmean(n for _, n in known)}
+    scores, lengths = zip(*cast(list[Any], gather_object(scored)), strict=True)
+    return {"eval_accuracy": fmean(scores), "eval_length": fmean(lengths)}
 
 
 def _copy(model: Pretrained, target: Path) -> None:
-    """The kept model, whole or not at all; a model that was not made here is left where it is."""
+    """The kept model, whole or not at all, in a folder that later stages need no more of than its path."""
     source = Path(model.path)
     shutil.rmtree(target, ignore_errors=True)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if source.is_dir():
+    if source.is_dir() and model.gguf_file is None:
         shutil.copytree(source, partial)
-        partial.rename(target)
+        if model.tokenizer is not None or model.chat_template is not None:
+            load_tokenizer(model).save_pretrained(partial)
+    else:
+        save_whole(model, partial)
+    partial.rename(target)

@@ -283,6 +283,12 @@ class Stop(Config):
     min_delta: NonNegativeFloat = 0.0
 
 
+REPLAY_STRIDE = 1_000_003  # more than the rounds of any run
+
+
+START = Path("round-0") / "start" / "model"  # of a bootstrap's folder
+
+
 class Bootstrap(Config):
     """Rounds of pairs and preference optimisation, each from the model of the round before (DICE, arXiv 2406.09760).
 
@@ -291,7 +297,8 @@ class Bootstrap(Config):
     `samples_from: reference` that earlier model samples, and the round's only ranks: among a model's own samples the
     log-ratio is large where ref is small, and rates highest what was overrated. `keep`
     is the model that later stages get. Every step has a folder of its own in `round-1/`, `round-2/`, ...; a step whose
-    settings, files and models are those that it was done with is not repeated.
+    settings, files and models are those that it was done with is not repeated. Where `model` has a revision or a GGUF
+    file, the rewards that compare with it read a copy, for they name models by path alone.
     """
 
     type: Literal["bootstrap"]
@@ -319,34 +326,53 @@ class Bootstrap(Config):
 
     def pairs_of(self, number: int, folder: Path) -> Pairs:
         """The `pairs` stage of a round, from 1."""
-        before = self.reference if number == 1 else self.model_of(number - 2, folder).path
+        lags = self.samples_from == "reference"
+        compared = {
+            "path": self._path_of(number - 1, folder) if lags else None,
+            "reference": self.reference if number == 1 else self._path_of(number - 2, folder),
+        }
         rewards = tuple(
-            source.model_copy(update={"path": self._ranker(number, folder), "reference": before})
-            if isinstance(source, DpoImplicitConfig) and source.path is None and source.reference is None
-            else source
-            for source in self.pairs.rewards
+            source.model_copy(update=compared) if _of_round(source) else source for source in self.pairs.rewards
         )
         settings = self.pairs.model_dump(exclude={"rewards"})
-        model = self.model_of(number - 1, folder)
-        if self.samples_from == "reference" and before is not None:
-            model = model.model_copy(update={"path": before})
+        model = self._before(number, folder) if lags else self.model_of(number - 1, folder)
         return Pairs.model_validate({**settings, "type": "pairs", "model": model, "round": number, "rewards": rewards})
 
-    def _ranker(self, number: int, folder: Path) -> str | None:
-        """The path of the model whose log-ratio ranks; None where it is the one that samples."""
-        return None if self.samples_from == "policy" else self.model_of(number - 1, folder).path
+    @property
+    def copies_start(self) -> bool:
+        """Whether a reward compares with the first model, and its path alone does not say which that is."""
+        located = self.model.revision is None and self.model.gguf_file is None
+        return not located and any(_of_round(source) for source in self.pairs.rewards)
 
-    def preference_of(self, number: int, folder: Path) -> Preference:
-        """The `preference` stage of a round."""
+    def _path_of(self, number: int, folder: Path) -> str:
+        """A path that is enough to load the model after a round."""
+        return str(folder / START) if number == 0 and self.copies_start else self.model_of(number, folder).path
+
+    def _before(self, number: int, folder: Path) -> Pretrained:
+        """The model before the round's; before the first one `reference`."""
+        if number > 1:
+            return self.model_of(number - 2, folder)
+        assert self.reference is not None, "`check` refuses samples_from: reference without one"
+        return self.model.model_copy(update={"path": self.reference, "revision": None, "gguf_file": None})
+
+    def preference_of(self, number: int, folder: Path, seed: int = 0) -> Preference:
+        """The `preference` stage of a round; every round of every `seed`, the recipe's, replays other rows."""
         paired = str(folder / f"round-{number}" / "pairs" / "paired.parquet")
         unpaired = paired.replace("paired.parquet", "unpaired.parquet")
         one_by_one = "label" in self.preference.objective.columns_read
         rows = Parquet(type="parquet", path=unpaired if one_by_one else paired)
-        share = self.replay.share if self.replay else 0.5
-        mixed = None if self.replay is None else Mixed(type="mixed", rows=rows, replay=self.replay.data, share=share)
+        mixed = None
+        if self.replay is not None:
+            drawn = seed * REPLAY_STRIDE + number
+            mixed = Mixed(type="mixed", rows=rows, replay=self.replay.data, share=self.replay.share, seed=drawn)
         model = self.model_of(number - 1, folder).model_copy(update={"peft": self.preference.peft})
         settings = self.preference.model_dump(exclude={"peft"})
         return Preference.model_validate({**settings, "type": "preference", "model": model, "data": mixed or rows})
+
+
+def _of_round(source: RewardConfig) -> bool:
+    """Whether a source compares the models of a bootstrap's rounds."""
+    return isinstance(source, DpoImplicitConfig) and source.path is None and source.reference is None
 
 
 TrainingStage = Sft | Reward | Segment | Preference | Ppo

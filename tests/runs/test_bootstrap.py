@@ -107,7 +107,7 @@ def made_at(run: Path) -> dict[str, int]:
 
 
 def test_each_round_goes_on_from_the_one_before(recipe, older, tmp_path) -> None:
-    results = run_pipeline(load_recipe(recipe()))["dice"]
+    results = run_pipeline(load_recipe(recipe(), ["seed=3"]))["dice"]
     run = tmp_path / "runs" / "run"
     first, second = (json.loads((run / "dice" / f"round-{n}" / "preference" / "step.json").read_text()) for n in (1, 2))
     assert first["settings"]["model"]["path"] == str(run / "sft" / "model")
@@ -115,14 +115,23 @@ def test_each_round_goes_on_from_the_one_before(recipe, older, tmp_path) -> None
     pairs = [json.loads((run / "dice" / f"round-{n}" / "pairs" / "step.json").read_text())["settings"] for n in (1, 2)]
     assert [step["rewards"][1]["reference"] for step in pairs] == [older, str(run / "sft" / "model")]
     assert [step["round"] for step in pairs] == [1, 2]
+    stage = load_recipe(recipe()).stages["dice"]
+    replayed = [stage.preference_of(n, Path("f"), 3).data.seed for n in (1, 2)]
+    assert [step["settings"]["data"]["seed"] for step in (first, second)] == replayed
     assert not same(weights(run, 1), weights(run, 2))
     assert same(load_file(run / "dice" / "model" / "model.safetensors"), weights(run))
     assert [row["round"] for row in results["rounds"]] == [1, 2] and results["updates"] == 4
     assert results["eval_accuracy"] == results["rounds"][-1]["eval_accuracy"]
     assert "round-2 preference" in (run / "report.html").read_text()
     before = done_at(run)
-    assert run_pipeline(load_recipe(recipe()))["dice"]["rounds"] == results["rounds"]
+    assert run_pipeline(load_recipe(recipe(), ["seed=3"]))["dice"]["rounds"] == results["rounds"]
     assert done_at(run) == before and len(before) == 7
+
+
+def test_no_two_rounds_of_any_seeds_replay_by_one_seed(recipe) -> None:
+    stage = load_recipe(recipe()).stages["dice"]
+    seeds = [stage.preference_of(number, Path("f"), seed).data.seed for number in range(1, 9) for seed in range(8)]
+    assert len(set(seeds)) == 64
 
 
 def test_a_change_repeats_what_depends_on_it_and_puts_the_old_aside(recipe, tmp_path) -> None:
