@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -35,7 +36,7 @@ def encode_outcomes(
     encoder = RowEncoder(tokenizer)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        ids = encoder(row["prompt"], row["completion"], row.get("completion_ids"))
+        ids = encoder(row["prompt"], row["completion"], row.get("completion_ids"), row.get("tools"))
         return {**ids, "length": sum(map(len, ids.values())), "label": float(row["label"])}
 
     return Dataset.from_list(list(encoder.each_row(data, origins, encode)))
@@ -54,8 +55,10 @@ class RowEncoder:
         self.sampled = 0
         self.foreign = 0
 
-    def __call__(self, prompt: Text, completion: Text, sampled: Sequence[int] | None = None) -> dict[str, list[int]]:
-        ids = encode_row(self._tokenizer, prompt, completion, sampled)
+    def __call__(
+        self, prompt: Text, completion: Text, sampled: Sequence[int] | None = None, tools: Any = None
+    ) -> dict[str, list[int]]:
+        ids = encode_row(self._tokenizer, prompt, completion, sampled, tools)
         if sampled is not None:
             self.sampled += 1
             self.foreign += ids["completion_ids"] != list(sampled)
@@ -100,18 +103,23 @@ def each_row(
 
 
 def encode_row(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, sampled: Sequence[int] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    sampled: Sequence[int] | None = None,
+    tools: Any = None,
 ) -> dict[str, list[int]]:
     """Ids of a prompt as generation sees it, and of its completion as if it had been sampled behind it.
 
     The two are encoded apart, so that the completion starts on a token of its own; it ends with the token that ends
     a turn in the chat template, or else the end-of-sequence token. `sampled` ids that spell the completion (`says`)
-    stay as they are: the text may have other tokens, and a completion that was cut off has no end.
+    stay as they are: the text may have other tokens, and a completion that was cut off has no end. `tools` are those of
+    the row, for the chat template: a list, or its JSON.
 
     Raises:
         ValueError: the chat template renders the prompt differently once an answer follows.
     """
-    prompt_text, text = render_row(tokenizer, prompt, completion)
+    prompt_text, text = render_row(tokenizer, prompt, completion, tools)
     if isinstance(prompt, str):
         prompt_ids = _ids(tokenizer, prompt_text)
     else:
@@ -127,13 +135,38 @@ def says(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Tex
     return known and tokenizer.decode(list(ids), skip_special_tokens=True) == completion_text(completion)
 
 
-def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, str]:
-    """The text of a prompt and what follows it: the completion, in the form that the chat template gives it."""
+def check_aligned(encoded: Mapping[str, Any], roles: Mapping[str, tuple[str, str]]) -> None:
+    """Say that a completion has other tokens behind one prompt than behind another, of which losses compare each.
+
+    `encoded` has `<role>.completion_ids`; `roles` are an objective's prompt and completion by role.
+
+    Raises:
+        ValueError: one has.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for role, (prompt, completion) in roles.items():
+        ids = encoded[f"{role}.completion_ids"]
+        before, expected = first.setdefault(completion, (prompt, ids))
+        if ids != expected:
+            raise ValueError(
+                f"{completion!r} has other tokens behind {prompt!r} ({len(ids)}) than behind {before!r} "
+                f"({len(expected)}): the chat template writes it differently; set model.chat_template to one that does "
+                "not, or give text"
+            )
+
+
+def render_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, tools: Any = None
+) -> tuple[str, str]:
+    """The text of a prompt and what follows it: the completion, in the form that the chat template gives it.
+
+    The template is told of `tools`, which text does not have.
+    """
     if isinstance(prompt, str):
         return prompt, completion_text(completion)
     messages = [*prompt, *completion_messages(completion)]
-    before = _template(tokenizer, prompt, add_generation_prompt=True)
-    full = _template(tokenizer, messages, add_generation_prompt=False)
+    before = _template(tokenizer, prompt, tools, add_generation_prompt=True)
+    full = _template(tokenizer, messages, tools, add_generation_prompt=False)
     if not full.startswith(before):
         raise ValueError(
             f"the chat template renders a prompt differently once an answer follows: {before[-80:]!r} does not open "
@@ -173,8 +206,14 @@ def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if last is not None and last.special else [*ids, cast(int, tokenizer.eos_token_id)]
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], add_generation_prompt: bool) -> str:
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, add_generation_prompt: bool
+) -> str:
+    known = json.loads(tools) if isinstance(tools, str) else tools
     rendered = tokenizer.apply_chat_template(
-        cast(Any, list(messages)), add_generation_prompt=add_generation_prompt, tokenize=False
+        cast(Any, list(messages)),
+        tools=known or None,  # Llama's templates write of tools where the list is empty
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
     )
     return cast(str, rendered)

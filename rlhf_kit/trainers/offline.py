@@ -17,7 +17,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.data.load import Origins, Sampler
-from rlhf_kit.data.outcomes import RowEncoder
+from rlhf_kit.data.outcomes import RowEncoder, check_aligned
 from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import ModelConfig, Pretrained
 from rlhf_kit.models.loading import load_copy, load_model
@@ -157,7 +157,8 @@ def trl_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, origins: Origins
     roles = ("chosen", "rejected") if "chosen" in data.column_names else ("completion",)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        encoded = {role: encoder(row["prompt"], row[role], row.get(f"{role}_ids")) for role in roles}
+        tools = row.get("tools")
+        encoded = {role: encoder(row["prompt"], row[role], row.get(f"{role}_ids"), tools) for role in roles}
         ids = {f"{role}_ids": of["completion_ids"] for role, of in encoded.items()}
         label = {"label": bool(row["label"])} if "completion" in roles else {}
         return {"prompt_ids": encoded[roles[0]]["prompt_ids"], **ids, **label}
@@ -178,8 +179,9 @@ def objective_rows(
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
         for role, (prompt, completion) in objective.roles.items():
-            ids = encoder(row[prompt], row[completion], row.get(f"{completion}_ids"))
+            ids = encoder(row[prompt], row[completion], row.get(f"{completion}_ids"), row.get("tools"))
             encoded |= {f"{role}.{name}": value for name, value in ids.items()}
+        check_aligned(encoded, objective.roles)
         for name, default in objective.numbers.items():
             value = default if row.get(name) is None else row[name]
             if value is None:
@@ -191,8 +193,9 @@ def objective_rows(
 
 
 def with_sampled_ids(columns: Sequence[str], data: Dataset) -> list[str]:
-    """The columns, and those of the ids that were sampled for them, where the data have these."""
-    return [name for column in columns for name in (column, f"{column}_ids") if name in data.column_names]
+    """The columns, and those of the ids that were sampled for them and of tools, where the data have these."""
+    names = (*(name for column in columns for name in (column, f"{column}_ids")), "tools")
+    return [name for name in names if name in data.column_names]
 
 
 def sampler_of(run: StageRun) -> Sampler:

@@ -162,6 +162,7 @@ def _labelled(stage: Reward, config: DataConfig, tokenizer: PreTrainedTokenizerB
                 "prompt": row["prompt"],
                 "completion": row[name],
                 "completion_ids": row.get(f"{name}_ids"),
+                "tools": row.get("tools"),
                 "label": name == "chosen",
             }
             for row in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from datasets import Dataset
 from torch import nn
 from transformers import set_seed
 from trl.trainer.sft_config import SFTConfig
@@ -17,7 +18,7 @@ from rlhf_kit.trainers.config import Sft
 from rlhf_kit.trainers.export import export_model
 from rlhf_kit.trainers.setup import StageRun, build_args, train
 
-LEARNT = ["prompt", "completion"]
+LEARNT = ("prompt", "completion", "tools")
 
 
 def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
@@ -39,8 +40,8 @@ def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=load_model(stage.model),
         args=args,
-        train_dataset=data.select_columns(LEARNT),
-        eval_dataset=load_data(stage.eval_data).select_columns(LEARNT) if stage.eval_data and evaluates else None,
+        train_dataset=_learnt(data),
+        eval_dataset=_learnt(load_data(stage.eval_data)) if stage.eval_data and evaluates else None,
         processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )
@@ -54,3 +55,8 @@ def run_sft(stage: Sft, run: StageRun) -> dict[str, Any]:
         results["eval_accuracy"] = sum(scores) / len(scores)
         trainer.log({"eval_accuracy": results["eval_accuracy"]})
     return results
+
+
+def _learnt(data: Dataset) -> Dataset:
+    """The columns that TRL renders; a row's tools are told to the chat template."""
+    return data.select_columns([name for name in LEARNT if name in data.column_names])

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_kit.data.outcomes import RowEncoder, collate_outcomes, encode_outcomes, encode_row, render_row
+from rlhf_kit.data.load import Origins
+from rlhf_kit.data.outcomes import (
+    RowEncoder,
+    check_aligned,
+    collate_outcomes,
+    encode_outcomes,
+    encode_row,
+    render_row,
+)
+from rlhf_kit.errors import RunError
 from rlhf_kit.models.generation import encode_prompts
 from rlhf_kit.models.tokenizers import word_level_tokenizer
+from rlhf_kit.objectives.cut import Cut
+from rlhf_kit.trainers.offline import objective_rows, trl_rows, with_sampled_ids
 
 # The usual form: a turn ends with an end token and a line break.
 CHAT = (
@@ -140,3 +154,64 @@ def test_what_was_sampled_is_what_is_learnt_from(tokenizer) -> None:
     (row,) = encode_outcomes(rows, tokenizer)
     assert row["completion_ids"] == ids  # no end token: the completion was cut off
     assert row["length"] == len(row["prompt_ids"]) + 2
+
+
+TOOLS = [{"type": "function", "function": {"name": "2"}}]
+WITH_TOOLS = "{% if tools %}system : {{ tools[0].function.name }}<eos>\n{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_the_template_is_told_of_a_rows_tools(tokenizer, tools) -> None:
+    tokenizer.chat_template = WITH_TOOLS
+    row = encode_row(tokenizer, PROMPT, ANSWER, tools=tools)
+    assert words(tokenizer, row["prompt_ids"]) == "system : 2 <eos> user : 1 + 1 <eos> assistant :"
+    assert words(tokenizer, row["completion_ids"]) == "2 <eos>"
+    labelled = {"prompt": PROMPT, "completion": ANSWER, "label": True}
+    first, second = encode_outcomes([{**labelled, "tools": tools}, {**labelled, "tools": None}], tokenizer)
+    assert first["prompt_ids"] == row["prompt_ids"]
+    assert second["prompt_ids"] == encode_row(tokenizer, PROMPT, ANSWER)["prompt_ids"]
+
+
+def test_tools_reach_every_form_of_rows(tokenizer) -> None:
+    tokenizer.chat_template = WITH_TOOLS
+    row = {"prompt": PROMPT, "chosen": ANSWER, "rejected": ANSWER, "tools": TOOLS, "score": 1}
+    data = Dataset.from_list([row])
+    data = data.select_columns(with_sampled_ids(("prompt", "chosen", "rejected"), data))
+    expected = encode_row(tokenizer, PROMPT, ANSWER, tools=TOOLS)["prompt_ids"]
+    assert trl_rows(data, tokenizer, Origins("rows", [0]))["prompt_ids"][:] == [expected]
+    single = Dataset.from_list([{"prompt": PROMPT, "judged_prompt": PROMPT, "completion": ANSWER, "tools": TOOLS}])
+    (encoded,) = objective_rows(single, Cut(type="cut"), tokenizer, Origins("rows", [0]))
+    assert encoded["plain.prompt_ids"] == encoded["judged.prompt_ids"] == expected
+
+
+@pytest.mark.parametrize("tools", [None, [], "[]", "null"])
+def test_no_tools_are_not_spoken_of(tokenizer, tools) -> None:
+    tokenizer.chat_template = WITH_TOOLS.replace("if tools", "if tools is not none")
+    assert words(tokenizer, encode_row(tokenizer, PROMPT, ANSWER, tools=tools)["prompt_ids"]).startswith("user")
+
+
+def test_a_completion_with_other_tokens_behind_another_prompt_is_refused() -> None:
+    roles = {"plain": ("prompt", "completion"), "judged": ("judged_prompt", "completion"), "other": ("prompt", "gold")}
+    encoded = {"plain.completion_ids": [4, 2], "judged.completion_ids": [4, 2], "other.completion_ids": [5]}
+    check_aligned(encoded, roles)
+    for ids in ([4, 3], [4, 2, 2]):
+        with pytest.raises(
+            ValueError, match=r"'completion' has other tokens behind 'judged_prompt' \(\d\) than behind"
+        ):
+            check_aligned({**encoded, "judged.completion_ids": ids}, roles)
+
+
+def test_a_template_that_writes_the_answer_by_the_prompt_is_refused_with_the_row(tokenizer) -> None:
+    """Behind a prompt that says 2, this template writes the answer twice."""
+    answer = "{{ messages[-1]['content'] }}"
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }} :"
+        f"{{% if not add_generation_prompt %}} {answer}{{% if '2' in messages[0]['content'] %}} {answer}{{% endif %}}"
+        "<eos>{% endif %}"
+    )
+    rows = [
+        {"prompt": PROMPT, "judged_prompt": [{"role": "user", "content": judged}], "completion": ANSWER}
+        for judged in ("1", "1 + 2")
+    ]
+    with pytest.raises(RunError, match="rows, row 8: 'completion' has other tokens behind 'judged_prompt'"):
+        objective_rows(Dataset.from_list(rows), Cut(type="cut"), tokenizer, Origins("rows", [3, 7]))

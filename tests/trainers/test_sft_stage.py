@@ -101,6 +101,45 @@ def test_the_loss_is_on_completions_alone(policy_path: str, tmp_path: Path) -> N
     assert logs.entries[0]["loss"] == pytest.approx(-sum(log_probs) / 5, abs=1e-3)
 
 
+def test_a_rows_tools_are_told_to_the_template_and_calls_have_no_arguments_of_others(
+    policy_path: str, tmp_path: Path
+) -> None:
+    """A template that writes the number of tools, and each argument of a call: nothing is written of a null."""
+    template = (
+        "{% if tools %}{{ tools | length }} {% endif %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}= {% endif %}{{ m.content or '' }} "
+        "{% for c in m.tool_calls or [] %}{% for name in c.function.arguments %}{{ name }} {% endfor %}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}= {% endif %}"
+    )
+    calls = [{"function": {"name": "f", "arguments": {name: 1}}} for name in "34"]
+    tools = [[{"type": "function", "function": {"name": "f", "parameters": {}}}] * 2, None]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "0 1"}],
+            "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+            "tools": known,
+        }
+        for call, known in zip(calls, tools, strict=True)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    seen: list[list[int]] = []
+
+    class Seen(TrainerCallback):
+        def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
+            seen.extend(row["input_ids"] for row in train_dataloader.dataset)
+
+    given = stage(
+        {"max_steps": 1},
+        model={"path": policy_path, "chat_template": template},
+        data={"type": "jsonl", "path": str(path)},
+    )
+    run_sft(given, StageRun(tmp_path / "run", callbacks=[Seen()]))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in seen]
+    assert sorted(texts) == ["0 1 = 4", "2 0 1 = 3"]
+
+
 def test_the_evaluated_accuracy_is_that_of_the_written_model(tmp_path: Path) -> None:
     eval_data = {**DATA, "seed": 3, "size": 20}
     evaluation = {"verifier": "exact", "max_new_tokens": 4, "batch_size": 7}
