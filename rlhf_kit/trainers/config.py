@@ -113,9 +113,10 @@ class Preference(Config):
 
     `reference` is what log-probabilities are compared with where the objective does so: without it the model as it
     starts, which with a LoRA adapter is its base. Rows whose prompt and completion together have more than `max_length`
-    tokens are left out. `eval_data` with `prompt, chosen, rejected` give the model's preference accuracy before and
-    after training, whatever the objective learns from; the loss on them is measured with an `eval_strategy`, or where
-    they are no pairs. `evaluation` measures the accuracy of greedy completions before and after.
+    tokens are left out and counted; nothing is cut off, unless TRL's own `trainer.args.max_length` says so. `eval_data`
+    with `prompt, chosen, rejected` give the model's preference accuracy before and after training, whatever the
+    objective learns from; the loss on them is measured with an `eval_strategy`, or where they are no pairs.
+    `evaluation` measures the accuracy of greedy completions before and after.
     """
 
     type: Literal["preference"]

@@ -28,7 +28,7 @@ from rlhf_kit.trainers.config import Preference, Reward
 from rlhf_kit.trainers.objective_trainer import ObjectiveTrainer
 from rlhf_kit.trainers.sampling import sample_completions
 from rlhf_kit.trainers.setup import StageRun, build_args
-from rlhf_kit.trainers.trl_offline import EncodedDpoTrainer, EncodedKtoTrainer
+from rlhf_kit.trainers.trl_offline import EncodedDpoTrainer, EncodedKtoTrainer, with_room
 
 Encode = Callable[[DataConfig], Dataset]
 
@@ -87,14 +87,21 @@ def _trl_trainer(
     encode: Encode,
     eval_data: DataConfig | None,
 ) -> tuple[Trainer, Scorer]:
-    """TRL's trainer, whose model carries the head of `add_log_prob_head` once it is built."""
+    """TRL's trainer, whose model carries the head of `add_log_prob_head` once it is built.
+
+    Its `cut` says what `trainer.args.max_length` did to the rows (`with_room`).
+    """
     config, trainer_class = (
         (DPOConfig, EncodedDpoTrainer) if isinstance(objective, Dpo) else (KTOConfig, EncodedKtoTrainer)
     )
-    args = build_args(config, run, {**stage.trainer.args, **objective.args()})
+    # Unless the recipe says so, nothing is cut off.
+    args = build_args(config, run, {**stage.trainer.args, **objective.args()}, max_length=None)
     set_seed(args.seed)
-    data = encode(stage.data)
-    held_out = None if eval_data is None else encode(eval_data)
+    data, cut = with_room(encode(stage.data), args, "data")
+    held_out = None
+    if eval_data is not None:
+        held_out, cut_of_eval = with_room(encode(eval_data), args, "eval_data")
+        cut |= {f"eval_{name}": count for name, count in cut_of_eval.items()}
     model = load_model(stage.model)
     shared = isinstance(model, PeftModel) and stage.reference is None
     frozen = None if shared else _frozen(stage.reference or stage.model, args.device)
@@ -107,6 +114,7 @@ def _trl_trainer(
         processing_class=tokenizer,
         callbacks=list(run.callbacks),
     )
+    trainer.cut = cut
     return trainer, base_scorer(cast(PeftModel, model)) if frozen is None else frozen
 
 

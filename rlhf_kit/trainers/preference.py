@@ -26,6 +26,7 @@ from rlhf_kit.trainers.offline import (
     with_sampled_ids,
 )
 from rlhf_kit.trainers.setup import StageRun, train, without_printing
+from rlhf_kit.trainers.trl_offline import longest
 
 
 def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
@@ -51,7 +52,10 @@ def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
         reference_model = stage.reference or stage.model
         write_prm_record(run.folder / "model", getattr(stage.objective, "beta", 1.0), reference_model.path)
     export_model(trainer, run.folder / "model")
-    results: dict[str, Any] = {"updates": trainer.state.global_step, **rows.left_out, **started}
+    results: dict[str, Any] = {"updates": trainer.state.global_step, **rows.left_out}
+    for name, count in getattr(trainer, "cut", {}).items():
+        results[name] = results.get(name, 0) + count
+    results |= started
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         results |= {name: value for name, value in metrics.items() if name.startswith(("eval_loss", "eval_rewards/"))}
@@ -100,16 +104,9 @@ class StageRows:
         limit = self._stage.max_length
         if limit is None:
             return rows
-        kept = [place for place, row in enumerate(rows.to_list()) if _longest(row) <= limit]
+        kept = [place for place, row in enumerate(rows.to_list()) if longest(row) <= limit]
         name = "left_out" if config is self._stage.data else "eval_left_out"
         self.left_out[name] = len(rows) - len(kept)
         if not kept:
             raise RunError(f"max_length: all {len(rows)} rows of the data are longer than {limit} tokens: write more")
         return rows.select(kept)
-
-
-def _longest(row: dict[str, Any]) -> int:
-    """Tokens of the longest prompt and completion of a row."""
-    ids = {name: len(value) for name, value in row.items() if name.endswith("_ids")}
-    prompts = [size for name, size in ids.items() if name.endswith("prompt_ids")]
-    return max(prompts) + max(size for name, size in ids.items() if not name.endswith("prompt_ids"))

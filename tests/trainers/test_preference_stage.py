@@ -250,6 +250,40 @@ def test_longer_rows_are_left_out_and_counted(objective: str, longest: int, make
         run_preference(make(objective, max_length=2), StageRun(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_nothing_is_cut_off_unless_the_recipe_says_so(objective: str, make: Make, tmp_path: Path) -> None:
+    """Also not at the 1,024 tokens that TRL's own trainers would read, with and without a larger `max_length`."""
+    long = {**ROWS[0], "chosen": "1 " * 1200 + "1", "completion": "1 " * 1200 + "1"}
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, [long, ROWS[1]])))
+    data = {"type": "jsonl", "path": str(tmp_path / "long.jsonl")}
+    args = {"max_steps": 1, "per_device_train_batch_size": 2}
+    for limit in (None, 2000):
+        run, logs = tmp_path / f"run-{limit}", Logs()
+        stage = make(objective, args, data=data, max_length=limit)
+        results = run_preference(stage, StageRun(run, callbacks=[logs]))
+        assert results.get("left_out", 0) == 0 and "cut_off" not in results
+        tokens = [entry["num_tokens"] for entry in logs.entries if "num_tokens" in entry]
+        # of prompts 2 each; completions with an end, rejected ones of 3, and for KTO those of the other row again
+        assert tokens == {"dpo": [1204 + 5 + 5 + 5], "kto": [1204 + 5], "orpo": []}[objective]
+
+
+def test_trls_own_max_length_cuts_off_and_says_so(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows of 3 tokens and more of completion behind prompts of 2 and, once, 5 tokens, of which nothing is left."""
+    rows = [*ROWS[:2], {**ROWS[2], "chosen": "1", "rejected": "4"}, {**ROWS[3], "prompt": "1 1 1 1 ="}]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"type": "jsonl", "path": str(tmp_path / "some.jsonl")}
+    args = {"max_steps": 1, "max_length": 4, "eval_strategy": "steps"}
+    results = run_preference(make("dpo", args, data=data, eval_data=data), StageRun(tmp_path / "run"))
+    assert (results["cut_off"], results["left_out"]) == (2, 1)  # "1" and an end behind a prompt of 2 are 4 tokens
+    assert (results["eval_cut_off"], results["eval_left_out"]) == (2, 1)
+    said = [record.message for record in caplog.records if "max_length" in record.message]
+    assert len(said) == 2 and "max_length 4 cuts off 2 of 4 rows of data, and leaves out 1" in said[0]
+    both = make("dpo", {**args, "eval_strategy": "no"}, data=data, max_length=5)  # the longest prompt's row is longer
+    assert run_preference(both, StageRun(tmp_path / "both"))["left_out"] == 1
+    with pytest.raises(RunError, match="max_length: the prompts of all 4 rows of data have 2 tokens or more"):
+        run_preference(make("dpo", {**args, "max_length": 2}, data=data), StageRun(tmp_path / "none"))
+
+
 CHAT = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %} {% else %}<eos>{% endif %}{% endfor %}"
 
 
