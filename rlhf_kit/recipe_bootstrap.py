@@ -12,7 +12,7 @@ from rlhf_kit.models.config import same_model
 from rlhf_kit.pairs.selection import PairSelection
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.dpo_implicit import DpoImplicitConfig
-from rlhf_kit.trainers.config import Bootstrap, Stage
+from rlhf_kit.trainers.config import START, Bootstrap, Stage
 
 HERE = Path("round-0")  # the outputs of earlier rounds, which are there by then
 PAIR_COLUMNS = {"prompt", "chosen", "rejected", "completion", "label"}
@@ -29,6 +29,10 @@ def check_bootstrap(
     if not isinstance(stage.pairs.select, PairSelection):
         remedy = "choose pairs, e.g. best_worst"
         yield Problem("pairs.select.type", "makes no pairs to learn from", stage.pairs.select.type, remedy)
+    if stage.samples_from == "reference" and stage.reference is None:
+        what = "samples in the first round, and there is none"
+        yield Problem("reference", what, remedy="name the model that `model` was trained from, or remove samples_from")
+        return
     sources = (source for source in stage.pairs.rewards if isinstance(source, DpoImplicitConfig))
     if any(source.path is None and source.reference is None for source in sources):
         remedy = "name the model that `model` was trained from"
@@ -45,7 +49,8 @@ def check_bootstrap(
         yield Problem("preference.objective.type", what, stage.preference.objective.type, "choose dpo, orpo or kto")
         return
     pairs, training = stage.pairs_of(1, HERE), stage.preference_of(1, HERE)
-    known = {*earlier, HERE / "round-1" / "pairs" / "paired.parquet", HERE / "round-1" / "pairs" / "unpaired.parquet"}
+    sampled = HERE / "round-1" / "pairs"
+    known = {*earlier, HERE / START, sampled / "paired.parquet", sampled / "unpaired.parquet"}
     for problem in check(pairs, known):
         yield problem if problem.path.startswith("model") else replace(problem, path=f"pairs.{problem.path}")
     for problem in check(training, known):

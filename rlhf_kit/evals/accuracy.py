@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset
@@ -12,6 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_kit.data.verifiers import verify
 from rlhf_kit.evals.config import Evaluation
 from rlhf_kit.models.generation import generate
+
+
+def refuse_unjudgeable(rows: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> None:
+    """Stop before anything is generated for a row that would be missing from the accuracy.
+
+    Raises:
+        ValueError: the verifier cannot judge a row, whatever its completion.
+    """
+    for number, row in enumerate(rows, start=1):
+        if verify(evaluation.verifier, "", row) is None:
+            raise ValueError(
+                f"verifier {evaluation.verifier!r} cannot judge row {number} of the held-out data, which has the "
+                f"columns {', '.join(row)} and answer {row.get('answer')!r}: choose another verifier, or leave the row "
+                "out"
+            )
 
 
 def greedy_scores(
@@ -32,12 +47,7 @@ def greedy_scores(
         ValueError: the verifier cannot judge a row, whatever its completion; the same on every rank.
     """
     rows = [cast(Mapping[str, Any], row) for row in dataset]
-    for number, row in enumerate(rows, start=1):
-        if verify(evaluation.verifier, "", row) is None:
-            raise ValueError(
-                f"verifier {evaluation.verifier!r} cannot judge row {number} of eval_data, which has the columns "
-                f"{', '.join(row)} and answer {row.get('answer')!r}: choose another verifier, or leave the row out"
-            )
+    refuse_unjudgeable(rows, evaluation)
     share = -(-len(rows) // world_size)
     places = [rank + k * world_size for k in range(share)]
     shown = [rows[place % len(rows)] for place in places]

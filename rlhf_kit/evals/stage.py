@@ -49,9 +49,7 @@ class Eval(Config):
             path = f"evals.{name}"
             scored = bool(self.rewards) and evaluation.may_ask_sources
             if (evaluation.runs_model or scored) and self.model is None:
-                what = f"{evaluation.type} needs a model" + (
-                    "" if evaluation.runs_model else " for the rewards to score"
-                )
+                what = f"{evaluation.type} needs a model" + ("" if evaluation.runs_model else " for its rewards")
                 yield Problem(path, what, remedy="add model: {path: ...} to the stage: the policy")
             if evaluation.asks_sources and not self.rewards:
                 what = f"{evaluation.type} needs reward sources"

@@ -60,6 +60,12 @@ def load_copy(config: Pretrained | Scratch) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
+def save_whole(config: Pretrained, folder: Path) -> None:
+    """Write a model and its tokenizer into a folder that is enough to load it: an adapter is merged into its base."""
+    cast(Any, load_copy(config)).save_pretrained(folder)
+    load_tokenizer(config).save_pretrained(folder)
+
+
 def lora_config(lora: Lora) -> LoraConfig:
     """PEFT's configuration of a LoRA adapter for causal language modelling."""
     modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)

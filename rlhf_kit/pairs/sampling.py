@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from torch import nn
@@ -11,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import encode_prompts, generate_ids
+from rlhf_kit.models.loading import holds_adapter, save_whole
 from rlhf_kit.pairs.config import Generation
 from rlhf_kit.rollout import Text
 
@@ -31,11 +35,22 @@ def sample_with_model(
     )
 
 
+@contextmanager
+def whole_weights(model: Pretrained) -> Iterator[Pretrained]:
+    """A model as vLLM can load it: an adapter is merged into its base, in a folder that is there for as long."""
+    if not holds_adapter(model.path):
+        yield model
+        return
+    with TemporaryDirectory() as folder:
+        save_whole(model, Path(folder))
+        yield model.model_copy(update={"path": folder, "tokenizer": None, "revision": None})
+
+
 class VllmSampler:
     """The same by a vLLM engine of this process's own; every completion has a seed drawn from Python's generator.
 
     Args:
-        model: what is loaded, by vLLM itself.
+        model: what is loaded, by vLLM itself; a folder with an adapter as `whole_weights`.
         tokenizer: encodes the prompts, as elsewhere in the kit.
         ends: the ids that end a completion.
         generation: the stage's.
@@ -50,14 +65,15 @@ class VllmSampler:
         self._tokenizer = tokenizer
         self._ends = list(ends)
         self._generation = generation
-        self._engine = vllm.LLM(
-            model=model.path,
-            tokenizer=model.tokenizer or model.path,
-            revision=model.revision,
-            dtype=model.dtype,
-            trust_remote_code=model.trust_remote_code,
-            gpu_memory_utilization=generation.vllm_gpu_memory_utilization,
-        )
+        with whole_weights(model) as whole:
+            self._engine = vllm.LLM(
+                model=whole.path,
+                tokenizer=whole.tokenizer or whole.path,
+                revision=whole.revision,
+                dtype=whole.dtype,
+                trust_remote_code=whole.trust_remote_code,
+                gpu_memory_utilization=generation.vllm_gpu_memory_utilization,
+            )
 
     def __call__(self, prompts: Sequence[Text]) -> list[list[int]]:
         """The ids of one completion for each prompt."""

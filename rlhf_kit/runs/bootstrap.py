@@ -115,15 +115,13 @@ def _copied_start(stage: Bootstrap, run: StageRun) -> Results:
         return {}
     main = processes().is_main_process
 
-    def copy(where: Path) -> Results:
+    def copy() -> Results:
         if main:
-            save_whole(stage.model, where / "model")
+            save_whole(stage.model, run.folder / START)
         return {}
 
     folder = (run.folder / START).parent
-    return _step(
-        _Start(model=stage.model), folder, run, lambda _, where, name: recorded(where, main, lambda: copy(where))
-    )
+    return _step(_Start(model=stage.model), folder, run, lambda config, where, name: recorded(where, main, copy))
 
 
 # --- evaluation ---

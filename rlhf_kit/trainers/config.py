@@ -328,15 +328,15 @@ class Bootstrap(Config):
     def pairs_of(self, number: int, folder: Path) -> Pairs:
         """The `pairs` stage of a round, from 1."""
         lags = self.samples_from == "reference"
-        compared = {
-            "path": self._path_of(number - 1, folder) if lags else None,
-            "reference": self.reference if number == 1 else self._path_of(number - 2, folder),
-        }
+        model = self._before(number, folder) if lags else self.model_of(number - 1, folder)
+        if lags:
+            compared = {"path": self._path_of(number - 1, folder), "reference": model.path}
+        else:
+            compared = {"reference": self.reference if number == 1 else self._path_of(number - 2, folder)}
         rewards = tuple(
             source.model_copy(update=compared) if _of_round(source) else source for source in self.pairs.rewards
         )
         settings = self.pairs.model_dump(exclude={"rewards"})
-        model = self._before(number, folder) if lags else self.model_of(number - 1, folder)
         return Pairs.model_validate({**settings, "type": "pairs", "model": model, "round": number, "rewards": rewards})
 
     @property

@@ -168,7 +168,7 @@ def test_best_of_n_without_rewards_needs_no_model_and_with_them_does(recipe, jso
     evals = {"e": {**BEST, "data": jsonl(VOTES)}}
     assert recipe(model=None, rewards=None, evals=evals).stages
     (problem,) = refusals(recipe, model=None, evals=evals)
-    assert problem.startswith("evals.e: best_of_n needs a model for the rewards to score")
+    assert problem.startswith("evals.e: best_of_n needs a model for its rewards")
 
 
 def test_best_of_n_reads_the_columns_of_its_sources(recipe, jsonl):

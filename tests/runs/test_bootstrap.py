@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rlhf_kit.models.config import Pretrained
+from rlhf_kit.models.loading import load_tokenizer
 from rlhf_kit.pairs.files import read_rows
 from rlhf_kit.problems import RecipeError
 from rlhf_kit.recipe import load_recipe
-from rlhf_kit.runs.bootstrap import should_stop
+from rlhf_kit.runs.bootstrap import _copy, should_stop
 from rlhf_kit.runs.manifest import read_manifest
 from rlhf_kit.runs.pipeline import run_pipeline
-from rlhf_kit.trainers.config import Stop
+from rlhf_kit.trainers.config import Bootstrap, Stop
 
 from ..distributed.conftest import launch
 from ..sums import save_policy_of_sums
@@ -30,6 +33,13 @@ ARGS = {
     "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "max_length": 32, "logging_steps": 1,
     "gradient_checkpointing": False, "save_strategy": "steps", "save_steps": 1,
 }  # fmt: skip
+
+BY_VERIFIER = {
+    "data": {**SUMS, "size": 8},
+    "generation": {"num_generations": 4, "max_new_tokens": 5},
+    "rewards": [{"type": "verifier", "verifier": "exact"}],
+    "select": {"type": "best_worst"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +278,109 @@ def test_a_bootstrap_that_does_not_rise_stops_and_keeps_the_best(recipe, tmp_pat
     )
 
 
+@pytest.fixture
+def hub(older, tmp_path, monkeypatch) -> str:
+    """The id of a model on the hub, in the cache alone: its revision `v1` is `older`, `main` has other weights."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "models--owner--start"
+    (folder / "refs").mkdir(parents=True)
+    for revision, updates in (("v1", None), ("main", 6)):
+        commit = revision.encode().hex().ljust(40, "0")
+        (folder / "refs" / revision).write_text(commit)
+        snapshot = folder / "snapshots" / commit
+        if updates is None:
+            shutil.copytree(older, snapshot)
+        else:
+            snapshot.mkdir()
+            save_policy_of_sums(snapshot, modulus=5, terms=2, updates=updates)
+    return "owner/start"
+
+
+def test_a_revision_on_the_hub_is_compared_with_and_kept(recipe, hub, older, tmp_path) -> None:
+    before = tmp_path / "before"
+    save_policy_of_sums(before, modulus=5, terms=2, updates=1)
+    args = {**ARGS, "learning_rate": 0.0}
+    fields = {
+        "model": {"path": hub, "revision": "v1"},
+        "reference": str(before),
+        "keep": "best",
+        "preference": {"objective": {"type": "dpo"}, "trainer": {"args": args}},
+        "behind": {"next": {"type": "sft", "model": {"path": "${stages.dice.model}"}, "data": {**SUMS, "size": 4}}},
+    }
+    fields["behind"]["next"]["trainer"] = {"args": {"max_steps": 1, "gradient_checkpointing": False}}
+    results = run_pipeline(load_recipe(recipe(**fields)))
+    run, right = tmp_path / "runs" / "run", load_file(Path(older) / "model.safetensors")
+    (newest,) = (tmp_path / "hub").glob(f"*/snapshots/{b'main'.hex()}*/model.safetensors")
+    assert not same(load_file(newest), right)
+    assert results["dice"]["kept_round"] == 0 and "next" in results
+    assert same(load_file(run / "dice" / "model" / "model.safetensors"), right)
+    settings = json.loads((run / "dice" / "round-2" / "pairs" / "step.json").read_text())["settings"]
+    compared = Path(settings["rewards"][1]["reference"])
+    assert compared == run / "dice" / "round-0" / "start" / "model"
+    assert same(load_file(compared / "model.safetensors"), right)
+    done = done_at(run)
+    run_pipeline(load_recipe(recipe(**fields)))
+    assert done_at(run) == done and "round-0/start" in done and not list(run.rglob("*.superseded-*"))
+
+
+def test_each_model_of_a_round_that_lags_has_its_own_revision(tmp_path) -> None:
+    content = {
+        "type": "bootstrap",
+        "model": {"path": "owner/start", "revision": "abc"},
+        "reference": "owner/before",
+        "samples_from": "reference",
+        "pairs": {"data": {**SUMS, "size": 5}, "rewards": [{"type": "dpo_implicit"}], "select": {"type": "best_worst"}},
+        "preference": {"objective": {"type": "dpo"}},
+    }
+    stage = Bootstrap.model_validate(content)
+    models, rewards = [], []
+    for number in (1, 2, 3):
+        pairs = stage.pairs_of(number, tmp_path)
+        assert pairs.model is not None
+        models.append((pairs.model.path, pairs.model.revision))
+        (reward,) = pairs.rewards
+        rewards.append((reward.path, reward.reference))
+    first, second = (str(tmp_path / f"round-{number}" / "preference" / "model") for number in (1, 2))
+    assert models == [("owner/before", None), ("owner/start", "abc"), (first, None)]
+    copy = str(tmp_path / "round-0" / "start" / "model")
+    # The second round's reference is the model that samples, which a source takes for the policy, revision and all.
+    assert rewards == [(copy, "owner/before"), (first, "owner/start"), (second, first)]
+    assert stage.copies_start
+    plain = Bootstrap.model_validate({**content, "model": {"path": "owner/start"}})
+    assert not plain.copies_start and plain.pairs_of(1, tmp_path).rewards[0].path == "owner/start"
+    by_verifier = {**content["pairs"], "rewards": [{"type": "verifier", "verifier": "exact"}]}
+    assert not Bootstrap.model_validate({**content, "pairs": by_verifier}).copies_start
+
+
+def test_the_kept_folder_has_the_tokenizer_that_the_recipe_names(older, tmp_path) -> None:
+    source = tmp_path / "bare"
+    shutil.copytree(older, source)
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    named = Pretrained(path=str(source), tokenizer=older, chat_template="{{ messages }}")
+    _copy(named, tmp_path / "model")
+    assert same(load_file(tmp_path / "model" / "model.safetensors"), load_file(Path(older) / "model.safetensors"))
+    kept = load_tokenizer(Pretrained(path=str(tmp_path / "model")))
+    assert kept.get_vocab() == load_tokenizer(Pretrained(path=older)).get_vocab()
+    assert kept.chat_template == "{{ messages }}"
+
+
+def test_a_row_that_cannot_be_judged_is_refused_as_elsewhere(recipe, tmp_path) -> None:
+    rows = [{"prompt": "1 1 =", "answer": "2"}, {"prompt": "1 2 =", "answer": None}]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"type": "jsonl", "path": str(tmp_path / "held.jsonl")}
+    file = recipe(evaluation={"data": data, "verifier": "exact", "max_new_tokens": 5})
+    with pytest.raises(ValueError, match="verifier 'exact' cannot judge row 2 of the held-out data"):
+        run_pipeline(load_recipe(file))
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        (
+            {"samples_from": "reference", "reference": None, "pairs": BY_VERIFIER},
+            "stages.dice.reference: samples in the first round, and there is none",
+        ),
         ({"stop": {}, "evaluation": None}, "stages.dice.stop: asks for an accuracy"),
         ({"keep": "best", "evaluation": None}, "stages.dice.keep"),
         ({"reference": None}, "stages.dice.reference: is what the first round's implicit reward"),
