@@ -9,34 +9,20 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from rlhf_kit.data.config import (
-    DataConfig,
-    Gsm8kSolutions,
-    Jsonl,
-    Marketplace,
-    Mixed,
-    Parquet,
-    Perturbed,
-    QaFeedback,
-    ReasoningGym,
-    RunningSums,
-    Sampled,
-    ToolArithmetic,
-    ToxicSpans,
-)
+from rlhf_kit.data.config import DataConfig, Gsm8kSolutions, Jsonl, Parquet, QaFeedback, Sampled, ToxicSpans
+from rlhf_kit.data.names import naming
 from rlhf_kit.evals.config import VERIFIER_COLUMN
 from rlhf_kit.evals.first_error import FirstError
 from rlhf_kit.evals.stage import Eval
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.recipe_bootstrap import bootstrap_data
+from rlhf_kit.recipe_columns import Columns, Files, Known, columns_of, written_files
 from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.trainers.config import Bootstrap, Preference, Reward, Segment, Sft, Stage, TrainingStage
-
-LARGEST_FILE = 64 * 2**20  # bytes; a larger one is read when its stage begins
 
 
 def check_data(recipe: Recipe, source: object) -> None:
@@ -49,41 +35,41 @@ def check_data(recipe: Recipe, source: object) -> None:
             is what the recipe is called.
     """
     problems: list[Problem] = []
-    seen: dict[str, tuple[str, ...] | Problem] = {}
+    seen: dict[str, Known] = {}
+    files = written_files(recipe)
     for name, stage in recipe.stages.items():
         prefix = "" if recipe.single else f"stages.{name}"
-        for field, config, needed in _needs(stage):
+        for field, config, needed in _needs(stage, files):
             key = config.model_dump_json()
             if key not in seen:
-                seen[key] = _columns(config)
+                seen[key] = columns_of(config, files)
             problems += [problem.under(prefix) for problem in _problems(field, seen[key], needed)]
         if isinstance(stage, Eval):
-            problems += [problem.under(prefix) for problem in _row_problems(stage)]
+            problems += [problem.under(prefix) for problem in _row_problems(stage, files)]
         if isinstance(stage, Segment):
-            problems += [problem.under(prefix) for problem in _label_problems(stage)]
+            problems += [problem.under(prefix) for problem in _label_problems(stage, files)]
         problems += [problem.under(prefix) for problem in _functions(stage)]
     if problems:
         raise RecipeError(source, problems)
 
 
-def _problems(field: str, columns: tuple[str, ...] | Problem, needed: dict[str, str]) -> Iterator[Problem]:
+def _problems(field: str, columns: Known, needed: dict[str, str]) -> Iterator[Problem]:
     if isinstance(columns, Problem):
         yield columns.under(field)
         return
     for column, reader in needed.items():
-        if columns and column not in columns:
-            remedy = f"name the one that holds it, as in columns: {{{column}: {columns[-1]}}}"
-            yield Problem(field, f"{reader} reads {column}, and there is only {listed(columns)}", remedy=remedy)
+        if columns is not None and columns.lack(column):
+            yield Problem(field, f"{reader} reads {column}, and {columns}", remedy=naming(column, columns.names))
 
 
-def _row_problems(stage: Eval) -> Iterator[Problem]:
+def _row_problems(stage: Eval, files: Files) -> Iterator[Problem]:
     """Rows of files at hand that an evaluation cannot use, one by one or together; and broken ProcessBench files."""
     for name, evaluation in stage.evals.items():
         for field, config, needed in evaluation.data_sets():
             if not isinstance(config, Jsonl | Parquet | Gsm8kSolutions):
                 continue
-            columns = _columns(config)
-            if isinstance(columns, Problem) or not columns or not all(column in columns for column in needed):
+            columns = columns_of(config, files)
+            if not isinstance(columns, Columns) or not columns.whole or any(columns.lack(name) for name in needed):
                 continue
             from rlhf_kit.data.load import load_data
 
@@ -104,64 +90,16 @@ def _row_problems(stage: Eval) -> Iterator[Problem]:
                 yield Problem(f"evals.{name}.path", str(error), remedy="give a ProcessBench file")
 
 
-def _label_problems(stage: Segment) -> Iterator[Problem]:
+def _label_problems(stage: Segment, files: Files) -> Iterator[Problem]:
     """Labels that a segment stage would learn, and that no span of its data has, if they are at hand."""
-    columns = _columns(stage.data) if isinstance(stage.data, Jsonl | Parquet | ToxicSpans | QaFeedback) else ()
-    if isinstance(columns, Problem) or "spans" not in columns:
+    at_hand = isinstance(stage.data, Jsonl | Parquet | ToxicSpans | QaFeedback)
+    columns = columns_of(stage.data, files) if at_hand else None
+    if not isinstance(columns, Columns) or not columns.whole or columns.lack("spans"):
         return
     from rlhf_kit.data.annotations import labels_of
     from rlhf_kit.data.load import load_data
 
     yield from stage.unknown_labels(labels_of(load_data(stage.data)["spans"]))
-
-
-def _columns(config: DataConfig) -> tuple[str, ...] | Problem:
-    """The columns of a data set, none where it is not at hand; or what is wrong with it."""
-    if isinstance(config, RunningSums):
-        return _running_sums_problem(config) or ()
-    if isinstance(config, Perturbed):
-        columns = _columns(config.texts)
-        if isinstance(columns, Problem):
-            return columns.under("texts")
-        if columns and config.column not in columns:
-            remedy = f"the columns are {listed(columns)}"
-            return Problem("column", "there is no such column to edit", config.column, remedy)
-        return ("prompt", "text", "spans", "edit") if columns else ()
-    if isinstance(config, Mixed):
-        rows, replay = _columns(config.rows), _columns(config.replay)
-        if isinstance(rows, Problem):
-            return rows.under("rows")
-        if isinstance(replay, Problem):
-            return replay.under("replay")
-        return tuple(name for name in rows if name in replay)
-    if isinstance(config, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
-        path = Path(config.path)
-        if not path.is_file() or path.stat().st_size > LARGEST_FILE:
-            return ()
-    elif isinstance(config, ReasoningGym):
-        config = config.model_copy(update={"size": 1, "skip": 0, "limit": None})
-    elif not isinstance(config, ToolArithmetic | Marketplace):
-        return ()
-    from rlhf_kit.data.load import load_data
-
-    try:
-        return tuple(load_data(config).column_names)
-    except (ValueError, OSError) as error:
-        return Problem("", str(error))
-
-
-def _running_sums_problem(config: RunningSums) -> Problem | None:
-    """Why the generator would refuse: it has fewer different problems than rows, or numbers beyond the modulus."""
-    modulus, terms, size = config.modulus, config.terms, config.size
-    largest = modulus - 1 if config.largest is None else config.largest
-    if largest >= modulus:
-        return Problem("largest", f"must be below modulus ({modulus})", largest, f"write at most {modulus - 1}")
-    # A factor of at least 2 for each bit of `size` is enough for any size, and a power of a million terms is slow.
-    problems = modulus * largest ** min(terms, size.bit_length())
-    if problems >= size:
-        return None
-    what = f"is more than the {problems} different problems of modulus {modulus}, terms {terms} and largest {largest}"
-    return Problem("size", what, size, f"write at most {problems}, or raise terms, modulus or largest")
 
 
 def _functions(stage: Stage) -> Iterator[Problem]:
@@ -177,7 +115,7 @@ def _functions(stage: Stage) -> Iterator[Problem]:
             yield Problem(f"{prefix}rewards.{index}.function", what, source.function, remedy)
 
 
-def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
+def _needs(stage: Stage, files: Files) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
     """Every data set of a stage: its field, its configuration, and who reads which of its columns."""
     if isinstance(stage, Eval):
         read = _read_by_sources(stage.rewards)
@@ -200,7 +138,7 @@ def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
         yield "evaluation.data", stage.evaluation.data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"}
     if stage.eval_data is None:
         return
-    if isinstance(stage, Preference) and _holds_pairs(stage.eval_data):
+    if isinstance(stage, Preference) and _holds_pairs(stage.eval_data, files):
         yield from _prompts_of("eval_data", stage.eval_data, {})
     elif isinstance(stage, Reward | Segment | Preference):
         yield from _prompts_of("eval_data", stage.eval_data, _read_in_training(stage))
@@ -209,10 +147,10 @@ def _needs(stage: Stage) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
         yield "eval_data", stage.eval_data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"} if verifier else {}
 
 
-def _holds_pairs(config: DataConfig) -> bool:
-    """Whether a data set at hand has pairs, which a preference stage can judge whatever it learns from."""
-    columns = _columns(config)
-    return not isinstance(columns, Problem) and {"chosen", "rejected"} <= set(columns)
+def _holds_pairs(config: DataConfig, files: Files) -> bool:
+    """Whether a data set is known to have pairs, which a preference stage can judge whatever it learns from."""
+    columns = columns_of(config, files)
+    return isinstance(columns, Columns) and {"chosen", "rejected"} <= set(columns.names)
 
 
 def _prompts_of(
@@ -221,8 +159,7 @@ def _prompts_of(
     if isinstance(config, Sampled):
         verifier = config.verifier
         yield f"{field}.prompts", config.prompts, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"}
-    else:
-        yield field, config, needed
+    yield field, config, needed
 
 
 def _read_in_training(stage: TrainingStage) -> dict[str, str]:

@@ -20,6 +20,7 @@ TIERS = (
         "recipe",
         "recipe_bootstrap",
         "recipe_checks",
+        "recipe_columns",
         "recipe_data",
         "recipe_errors",
         "recipe_files",

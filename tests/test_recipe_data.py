@@ -122,9 +122,20 @@ def test_hindsight_with_decisions_or_options_of_its_own_needs_no_market(problems
     assert problems({**PPO, "rewards": [source], "data": jsonl()}) == []
 
 
-def test_the_remedy_names_a_column_that_is_there(problems: Any) -> None:
-    (problem,) = problems({**SFT, "data": jsonl()})
-    assert problem.endswith("name the one that holds it, as in columns: {completion: said}")
+@pytest.mark.parametrize(
+    ("columns", "remedy"),
+    [
+        ({"answer": "gold"}, "name the one that holds it, as in columns: {completion: answer}"),
+        ({"response": "said", "answer": "gold"}, "name the one that holds it, as in columns: {completion: response}"),
+        ({"model_completion": "said"}, "name the one that holds it, as in columns: {completion: model_completion}"),
+        ({"completion_ids": "ids"}, "if another column holds it, name that in columns: {completion: ...}; or give"),
+        ({"chosen": "gold", "rejected": "said"}, "if another column holds it, name that in columns: {completion: ...}"),
+    ],
+)
+def test_the_remedy_names_a_column_where_its_name_says_so(columns: Any, remedy: str, problems: Any) -> None:
+    Path("rows.jsonl").write_text(json.dumps({**ROWS[0], "ids": [1]}))
+    (problem,) = problems({**SFT, "data": jsonl(columns=columns)})
+    assert remedy in problem
 
 
 def test_every_data_set_of_every_stage_is_read(problems: Any) -> None:
@@ -224,3 +235,135 @@ def test_the_commands_say_it_before_anything_runs(command: str, problems: Any) -
     assert result.exit_code == 2
     assert "recipe.yaml: data: verifier math reads answer" in result.output
     assert not Path("runs").exists()
+
+
+DPO = {"type": "preference", "model": {"path": "owner/name"}, "objective": {"type": "dpo"}}
+KTO = {**DPO, "objective": {"type": "kto"}}
+I_ORPO, CUT = ({**DPO, "objective": {"type": name}} for name in ("i_orpo", "cut"))
+PAIRED_ROWS = jsonl(columns={"chosen": "gold", "rejected": "said"})
+CORRUPTED = {"type": "corrupted_prompts", "rows": jsonl(columns={"completion": "gold"})}
+SAMPLED = {"type": "sampled", "model": "owner/name", "verifier": "exact", "prompts": {**SUMS, "size": 8}}
+SETS = {"type": "concatenated", "sets": [jsonl(), PAIRED_ROWS]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (
+            {**DPO, "data": {**SUMS, "size": 8}},
+            ["data: objective dpo reads chosen", "data: objective dpo reads rejected"],
+        ),
+        ({**DPO, "data": {**SUMS, "size": 8, "columns": {"chosen": "answer"}}}, ["data: objective dpo reads rejected"]),
+        ({**CUT, "data": SAMPLED}, ["data: objective cut reads judged_prompt"]),
+        ({**DPO, "data": SETS}, ["data: objective dpo reads chosen", "data: objective dpo reads rejected"]),
+        (
+            {**SFT, "data": {**SETS, "sets": [jsonl(), jsonl()]}},
+            ["data: sft reads completion, and there is only prompt, gold"],
+        ),
+        ({**I_ORPO, "data": CORRUPTED["rows"]}, ["data: objective i_orpo reads corrupted_prompt"]),
+        ({**I_ORPO, "data": {**CORRUPTED, "rows": jsonl()}}, ["data: objective i_orpo reads completion"]),
+        ({**KTO, "data": CORRUPTED}, ["data: objective kto reads label"]),
+        ({**CUT, "data": CORRUPTED}, ["data: objective cut reads judged_prompt"]),
+        (
+            {**KTO, "data": {**CORRUPTED, "columns": {"label": "right"}}},
+            ["data.columns.label: there is no such column (value"],
+        ),
+        (
+            {**DPO, "data": {"type": "mixed", "rows": PAIRED_ROWS, "replay": jsonl(columns={"chosen": "said"})}},
+            ["data: objective dpo reads rejected, and there is only chosen, prompt"],
+        ),
+        (
+            {**SFT, "data": {**SETS, "sets": [jsonl(), jsonl(columns={"a": "b"})]}},
+            ["data.sets.1: rows.jsonl: columns maps 'a' to 'b'"],
+        ),
+    ],
+)
+def test_what_data_made_of_data_lack_is_said(stage: dict[str, Any], said: list[str], problems: Any) -> None:
+    found = problems(stage)
+    assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
+
+
+HUB = {"type": "hub", "path": "owner/data"}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {**DPO, "data": {**SETS, "sets": [PAIRED_ROWS, PAIRED_ROWS]}},
+        {**DPO, "data": {"type": "mixed", "rows": PAIRED_ROWS, "replay": HUB}},
+        {**DPO, "data": {**SUMS, "size": 8, "columns": {"chosen": "answer", "rejected": "completion"}, "skip": 4}},
+        {**SFT, "data": {**SUMS, "size": 8, "terms": 10**9, "hash_range": [0.999, 1]}},
+        {**SFT, "data": {**GYM, "hash_range": [0.999, 1]}},
+        {**KTO, "data": SAMPLED},
+        {**KTO, "data": {**SAMPLED, "prompts": HUB}},
+        {**I_ORPO, "data": CORRUPTED},
+        {**I_ORPO, "data": {**CORRUPTED, "rows": HUB}},
+        {**CUT, "data": {**CORRUPTED, "templates": {"judged_prompt": "{prompt}"}}},
+        {**CUT, "data": {**CORRUPTED, "columns": {"judged_prompt": "corrupted_prompt"}}},
+    ],
+)
+def test_data_made_of_data_that_will_do_are_no_problem(stage: dict[str, Any], problems: Any) -> None:
+    assert problems(stage) == []
+
+
+PAIRS = {
+    "type": "pairs",
+    "model": {"path": "owner/name"},
+    "data": {**SUMS, "size": 8},
+    "rewards": [{"type": "verifier", "verifier": "exact"}],
+    "select": {"type": "best_worst"},
+}
+BEST = {**PAIRS, "select": {"type": "best_of_n"}}
+CORRUPT = {"type": "pairs", "builder": {"type": "corrupt_prompt"}, "data": {**SUMS, "size": 8}}
+
+
+def behind(output: str, pairs: dict[str, Any], stage: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A recipe of a stage that reads what a stage `p` writes."""
+    data = {"type": pairs.get("format", "parquet"), "path": f"${{stages.p.{output}}}", **fields}
+    return {"stages": {"p": pairs, "last": {**stage, "data": data}}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (behind("paired", PAIRS, KTO), ["completion, and the rows are prompt, chosen, rejected", "label"]),
+        (behind("unpaired", PAIRS, DPO), ["chosen, and the rows are prompt, completion, label", "rejected"]),
+        (behind("sft", BEST, DPO), ["chosen, and the rows are prompt, completion", "rejected"]),
+        (behind("sft", CORRUPT, CUT), ["judged_prompt"]),
+        (behind("paired", {**PAIRS, "format": "jsonl"}, SFT), ["completion"]),
+        (behind("paired", PAIRS, DPO, columns={"chosen": "chosen", "gone": "rejected"}), ["rejected"]),
+    ],
+)
+def test_what_an_earlier_stage_does_not_write_is_said(recipe: dict[str, Any], said: list[str], problems: Any) -> None:
+    found = problems(recipe)
+    assert [line.partition(" reads ")[0].partition(": ")[0] for line in found] == ["stages.last.data"] * len(said)
+    read = [line.partition(" reads ")[2] for line in found]
+    assert [line[: len(start)] for line, start in zip(read, said, strict=True)] == said
+
+
+@pytest.mark.parametrize(
+    ("pairs", "kind", "remedy"),
+    [(PAIRS, "jsonl", "parquet"), ({**PAIRS, "format": "jsonl"}, "parquet", "jsonl")],
+)
+def test_what_an_earlier_stage_writes_is_read_in_its_format(pairs: Any, kind: str, remedy: str, problems: Any) -> None:
+    mixed = {"type": "mixed", "rows": {"type": kind, "path": "${stages.p.paired}"}, "replay": PAIRED_ROWS}
+    found = problems({"stages": {"p": pairs, "a": {**DPO, "data": mixed["rows"]}, "b": {**DPO, "data": mixed}}})
+    assert [line.partition(": ")[0] for line in found] == ["stages.a.data.type", "stages.b.data.rows.type"]
+    assert f"stage 'p' writes {remedy} (value '{kind}'); write {remedy}, or format: {kind} in that stage" in found[0]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        behind("paired", PAIRS, DPO),
+        behind("unpaired", PAIRS, KTO),
+        behind("sft", BEST, SFT),
+        behind("sft", CORRUPT, I_ORPO),
+        behind("completions", PAIRS, DPO),  # what they hold is known when they are there
+        behind("paired", PAIRS, {**DPO, "objective": {"type": "c3po"}}),  # and so is `scope`
+        behind("paired", PAIRS, SFT, columns={"completion": "chosen"}),
+        behind("unpaired", PAIRS, {**KTO, "eval_data": {"type": "parquet", "path": "${stages.p.paired}"}}),
+    ],
+)
+def test_what_an_earlier_stage_writes_will_do(recipe: dict[str, Any], problems: Any) -> None:
+    assert problems(recipe) == []
