@@ -65,8 +65,6 @@ def bootstrap_data(stage: Bootstrap) -> Iterator[tuple[str, DataConfig, dict[str
     read = dict.fromkeys(objective.columns_read, f"objective {objective.type}")
     if stage.replay is not None:
         yield "replay.data", stage.replay.data, read
-    if stage.preference.eval_data is not None:
-        yield "preference.eval_data", stage.preference.eval_data, read
     if stage.evaluation is not None:
         verifier = stage.evaluation.verifier
         yield "evaluation.data", stage.evaluation.data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"}

@@ -27,6 +27,7 @@ from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.recipe_bootstrap import check_bootstrap
 from rlhf_kit.recipe_files import missing_files
+from rlhf_kit.recipe_preference import check_kto, check_preference
 from rlhf_kit.rewards.config import source_problems
 from rlhf_kit.rewards.implicit_prm import ImplicitPrmConfig
 from rlhf_kit.rewards.segment_model import SegmentModelConfig
@@ -55,6 +56,8 @@ def check_stage(stage: Stage, world_size: int, earlier: Collection[Path], recipe
     problems += [*_model(stage), *_data(stage), *_arguments(stage)]
     if isinstance(stage, Reward):
         problems += _reward(stage)
+    if isinstance(stage, Preference):
+        problems += check_preference(stage)
     if isinstance(stage, Segment):
         problems += _segment(stage)
     if isinstance(stage, Ppo):
@@ -255,6 +258,8 @@ def _reward(stage: Reward) -> Iterator[Problem]:
             yield Problem(f"{path}.type", what, "sampled", "use objective ce or kto")
     if stage.offset != "none" and stage.objective != "ce":
         yield Problem("offset", f"is never used by objective {stage.objective}", stage.offset, "write none, or use ce")
+    if stage.objective == "kto":
+        yield from check_kto(stage)
 
 
 def _eval(stage: Eval, world_size: int) -> Iterator[Problem]:

@@ -16,8 +16,9 @@ from rlhf_kit.evals.first_error import FirstError
 from rlhf_kit.evals.stage import Eval
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
-from rlhf_kit.recipe_bootstrap import bootstrap_data
+from rlhf_kit.recipe_bootstrap import HERE, bootstrap_data
 from rlhf_kit.recipe_columns import Columns, Files, Known, columns_of, written_files
+from rlhf_kit.recipe_preference import holds_pairs, preference_rows
 from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
 from rlhf_kit.rewards.verifier import VerifierConfig
@@ -48,6 +49,11 @@ def check_data(recipe: Recipe, source: object) -> None:
             problems += [problem.under(prefix) for problem in _row_problems(stage, files)]
         if isinstance(stage, Segment):
             problems += [problem.under(prefix) for problem in _label_problems(stage, files)]
+        if isinstance(stage, Preference):
+            problems += [problem.under(prefix) for problem in preference_rows(stage, files)]
+        if isinstance(stage, Bootstrap):
+            found = preference_rows(stage.preference_of(1, HERE), files)
+            problems += [problem.under("preference").under(prefix) for problem in found]
         problems += [problem.under(prefix) for problem in _functions(stage)]
     if problems:
         raise RecipeError(source, problems)
@@ -127,6 +133,8 @@ def _needs(stage: Stage, files: Files) -> Iterator[tuple[str, DataConfig, dict[s
     if isinstance(stage, Bootstrap):
         yield "pairs.data", stage.pairs.data, _read_by_sources(stage.pairs.rewards)
         yield from bootstrap_data(stage)
+        for field, config, needed in _held_out(stage.preference_of(1, HERE), files):
+            yield f"preference.{field}", config, needed
         return
     if isinstance(stage, Pairs):
         builder = dict.fromkeys(stage.builder.columns, f"builder {stage.builder.type}")
@@ -136,21 +144,22 @@ def _needs(stage: Stage, files: Files) -> Iterator[tuple[str, DataConfig, dict[s
     if isinstance(stage, Preference) and stage.evaluation is not None:
         verifier = stage.evaluation.verifier
         yield "evaluation.data", stage.evaluation.data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"}
-    if stage.eval_data is None:
+    if isinstance(stage, Preference):
+        yield from _held_out(stage, files)
+    elif stage.eval_data is None:
         return
-    if isinstance(stage, Preference) and _holds_pairs(stage.eval_data, files):
-        yield from _prompts_of("eval_data", stage.eval_data, {})
-    elif isinstance(stage, Reward | Segment | Preference):
+    elif isinstance(stage, Reward | Segment):
         yield from _prompts_of("eval_data", stage.eval_data, _read_in_training(stage))
     else:
         verifier = stage.evaluation and stage.evaluation.verifier
         yield "eval_data", stage.eval_data, {VERIFIER_COLUMN[verifier]: f"verifier {verifier}"} if verifier else {}
 
 
-def _holds_pairs(config: DataConfig, files: Files) -> bool:
-    """Whether a data set is known to have pairs, which a preference stage can judge whatever it learns from."""
-    columns = columns_of(config, files)
-    return isinstance(columns, Columns) and {"chosen", "rejected"} <= set(columns.names)
+def _held_out(stage: Preference, files: Files) -> Iterator[tuple[str, DataConfig, dict[str, str]]]:
+    """Its `eval_data`, and who reads which columns: pairs are judged whatever the stage learns from."""
+    if stage.eval_data is not None:
+        needed = {} if holds_pairs(stage.eval_data, files) else _read_in_training(stage)
+        yield from _prompts_of("eval_data", stage.eval_data, needed)
 
 
 def _prompts_of(

@@ -25,6 +25,7 @@ TIERS = (
         "recipe_errors",
         "recipe_files",
         "recipe_plan",
+        "recipe_preference",
         "recipe_warnings",
         "recipe_yaml",
     ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_kit.config import Config
+from rlhf_kit.problems import Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -96,6 +98,11 @@ class Objective(Config):
         return frozenset()
 
     @property
+    def compares(self) -> bool:
+        """Whether it reads a reference."""
+        return bool(self.needs & {"reference", "kl"})
+
+    @property
     def columns_read(self) -> tuple[str, ...]:
         """The columns that a row must have."""
         texts = (column for pair in self.roles.values() for column in pair)
@@ -107,6 +114,20 @@ class Objective(Config):
         """From how many of the likeliest other tokens `Scored.contrast` is drawn."""
         return 0
 
+    def problems(self) -> Iterator[Problem]:
+        """Fields that do not go together; paths start at the objective."""
+        return iter(())
+
+    def row_problem(self, row: Mapping[str, Any]) -> str | None:
+        """What is wrong with a row's numbers."""
+        for name, default in self.numbers.items():
+            value = default if row.get(name) is None else row[name]
+            if value is None:
+                return f"{name!r} is missing"
+            if not is_number(value):
+                return f"{name!r} is {value!r}, and no number"
+        return None
+
     def loss(self, rows: Rows) -> Loss:
         """Loss of each row."""
         raise NotImplementedError
@@ -114,6 +135,14 @@ class Objective(Config):
     def ranking(self, rows: Rows) -> Float[Tensor, "B"] | None:
         """By how much the model prefers the chosen completion; None where rows are no pairs."""
         return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, or the text of one."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 PAIRED = ("prompt", "chosen", "rejected")

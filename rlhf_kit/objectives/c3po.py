@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
@@ -19,8 +20,8 @@ class C3po(Objective):
     """DPO on prompts that the feedback is about; likelihood of the original model's answers on the others.
 
     The number `scope` is 0 in scope (`chosen` follows the feedback, `rejected` is the original answer), 1 near it and 2
-    out of it; there `chosen` is the original answer, and `rejected` is not read. The likelihood is the mean over
-    tokens, weighted by `near` and `out`.
+    out of it; there `chosen` is the original answer, and `rejected`, which every row has, plays no part: any text does.
+    The likelihood is the mean over tokens, weighted by `near` and `out`.
     """
 
     roles: ClassVar = PAIR
@@ -34,6 +35,12 @@ class C3po(Objective):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"reference"})
+
+    def row_problem(self, row: Mapping[str, Any]) -> str | None:
+        found = super().row_problem(row)
+        if found is None and float(row["scope"]) not in (IN_SCOPE, NEAR_SCOPE, OUT_OF_SCOPE):
+            found = f"'scope' is {row['scope']!r}, and neither 0 (in scope) nor 1 (near it) nor 2 (out of it)"
+        return found
 
     def loss(self, rows: Rows) -> Loss:
         import torch

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Ce(Objective):
-    """Binary cross-entropy, with logits, of `R + offset` against the label in [0, 1] (section 4)."""
+    """Binary cross-entropy, with logits, of `R + offset` against the label, 0 or 1 (section 4)."""
 
     roles: ClassVar = SINGLE
     numbers: ClassVar = {"label": None, "offset": 0.0}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat
 
 from rlhf_kit.objectives.base import SINGLE, Loss, Need, Objective, Rows
+from rlhf_kit.problems import Problem
 
 
 class Pmpo(Objective):
     """Minimises `-alpha E_pos log pi + (1 - alpha) E_neg log pi + beta * KL(pi_ref || pi)`.
 
     Rows are positives (label 1) and negatives (label 0); either may be missing. The KL is that of the whole next-token
-    distribution, summed over the completion's tokens: without it negatives push probability anywhere. Expectations are
-    over all rows, so that a label weighs by its frequency too.
+    distribution, summed over the completion's tokens: without it negatives push probability anywhere, so that beta is 0
+    only where alpha is 1. Expectations are over all rows, so that a label weighs by its frequency too.
     """
 
     roles: ClassVar = SINGLE
@@ -27,6 +29,11 @@ class Pmpo(Objective):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"kl"})
+
+    def problems(self) -> Iterator[Problem]:
+        if self.beta == 0 and self.alpha < 1:
+            what = "leaves out the KL that keeps negatives from pushing probability anywhere"
+            yield Problem("beta", what, self.beta, "write more, or alpha: 1, which learns from positives alone")
 
     def loss(self, rows: Rows) -> Loss:
         import torch

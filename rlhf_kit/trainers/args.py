@@ -260,6 +260,11 @@ def argument(stage: TrainingStage, name: str) -> Any:
     return arguments(class_name)[name].default
 
 
+def measures_loss(stage: TrainingStage) -> bool:
+    """Whether the stage's trainer measures the loss on its `eval_data`."""
+    return argument(stage, "eval_strategy") != "no" or bool(argument(stage, "eval_on_start"))
+
+
 def batch_of(stage: TrainingStage, world_size: int) -> Batch:
     """The stage's batch arithmetic on `world_size` processes, as TRL computes it."""
     per_device = argument(stage, "per_device_train_batch_size")

@@ -64,8 +64,9 @@ def _objective_trainer(
     model = load_model(stage.model)
     disable_dropout_in_model(cast(nn.Module, model))
     add_log_prob_head(model)
-    compares = bool(objective.needs & {"reference", "kl"})
-    reference = reference_scorer(model, stage.model, stage.reference, args.device) if compares else None
+    reference = None
+    if objective.compares:
+        reference = reference_scorer(model, stage.model, stage.reference, args.device)
     trainer = ObjectiveTrainer(
         objective=objective,
         reference=reference,
@@ -180,21 +181,21 @@ def objective_rows(
     """Rows of `<role>.prompt_ids` and `<role>.completion_ids` for every role, and the objective's numbers.
 
     Raises:
-        RunError: a row cannot be encoded, or lacks a number; the message names it.
+        RunError: a row cannot be encoded, or has a number of no use; the message names it.
     """
     encoder = RowEncoder(tokenizer)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+        found = objective.row_problem(row)
+        if found is not None:
+            raise ValueError(found)
         encoded: dict[str, Any] = {}
         for role, (prompt, completion) in objective.roles.items():
             ids = encoder(row[prompt], row[completion], row.get(f"{completion}_ids"), row.get("tools"))
             encoded |= {f"{role}.{name}": value for name, value in ids.items()}
         check_aligned(encoded, objective.roles)
         for name, default in objective.numbers.items():
-            value = default if row.get(name) is None else row[name]
-            if value is None:
-                raise ValueError(f"{name!r} is missing")
-            encoded[name] = float(value)
+            encoded[name] = float(cast(float, default if row.get(name) is None else row[name]))
         return encoded
 
     return Dataset.from_list(list(encoder.each_row(data.to_list(), origins, encode)))

@@ -13,7 +13,7 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.models.loading import load_tokenizer
 from rlhf_kit.objectives.base import PAIRED
 from rlhf_kit.objectives.trl import TrlObjective
-from rlhf_kit.trainers.args import argument
+from rlhf_kit.trainers.args import measures_loss
 from rlhf_kit.trainers.config import Preference
 from rlhf_kit.trainers.export import export_model, write_prm_record
 from rlhf_kit.trainers.held_out import HeldOutPairs, HeldOutPrompts
@@ -38,7 +38,7 @@ def run_preference(stage: Preference, run: StageRun) -> dict[str, Any]:
     tokenizer = load_tokenizer(stage.model)
     rows = StageRows(stage, run, tokenizer)
     held_out = rows.pairs()
-    evaluates = held_out is None or argument(stage, "eval_strategy") != "no"  # pairs are judged all the same
+    evaluates = held_out is None or measures_loss(stage)  # pairs are judged all the same
     eval_data = stage.eval_data if evaluates else None
     trainer, reference = offline_trainer(stage, stage.objective, run, tokenizer, rows.encoded, eval_data)
     without_printing(trainer)

@@ -358,10 +358,11 @@ def test_a_missing_column_is_named(objective: str, make: Make, tmp_path: Path) -
 
 def test_a_broken_row_is_named(make: Make, tmp_path: Path) -> None:
     stage = make("c3po")
-    rows = [{**ROWS[0]}, {**ROWS[1], "scope": None}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(RunError, match="row 2: 'scope' is missing"):
-        run_preference(stage, StageRun(tmp_path / "run"))
+    for scope, said in ((None, "is missing"), (7, "is 7, and neither 0")):
+        rows = [{**ROWS[0]}, {**ROWS[1], "scope": scope}]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(RunError, match=f"row 2: 'scope' {said}"):
+            run_preference(stage, StageRun(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
