@@ -37,6 +37,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def with_own_keys(message: Message) -> Message:
+    """A message without the keys whose value is null, at every depth; its `content` stays, null where there is none.
+
+    Templates ask whether the content is null, and TRL reads it of every message.
+    """
+    kept = {key: without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
+    return cast("Message", kept if "content" in kept else {**kept, "content": None})
+
+
 def content_text(message: Message) -> str:
     """The text of one message; of a message in parts, its text parts joined; "" where there is none."""
     content: Any = message.get("content")

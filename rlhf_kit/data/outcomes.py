@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_kit.data.load import Origins
 from rlhf_kit.data.messages import completion_messages, completion_text
 from rlhf_kit.errors import RunError
+from rlhf_kit.models.generation import chat_text
 from rlhf_kit.rollout import Text
 
 logger = logging.getLogger(__name__)
@@ -165,8 +165,8 @@ def render_row(
     if isinstance(prompt, str):
         return prompt, completion_text(completion)
     messages = [*prompt, *completion_messages(completion)]
-    before = _template(tokenizer, prompt, tools, add_generation_prompt=True)
-    full = _template(tokenizer, messages, tools, add_generation_prompt=False)
+    before = chat_text(tokenizer, prompt, tools, add_generation_prompt=True)
+    full = chat_text(tokenizer, messages, tools, add_generation_prompt=False)
     if not full.startswith(before):
         raise ValueError(
             f"the chat template renders a prompt differently once an answer follows: {before[-80:]!r} does not open "
@@ -204,16 +204,3 @@ def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`ids` with the end-of-sequence token behind them, unless a token that ends a turn is there already."""
     last = tokenizer.added_tokens_decoder.get(ids[-1]) if ids and ids[-1] != tokenizer.unk_token_id else None
     return ids if last is not None and last.special else [*ids, cast(int, tokenizer.eos_token_id)]
-
-
-def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, add_generation_prompt: bool
-) -> str:
-    known = json.loads(tools) if isinstance(tools, str) else tools
-    rendered = tokenizer.apply_chat_template(
-        cast(Any, list(messages)),
-        tools=known or None,  # Llama's templates write of tools where the list is empty
-        add_generation_prompt=add_generation_prompt,
-        tokenize=False,
-    )
-    return cast(str, rendered)

@@ -15,7 +15,7 @@ from datasets.table import InMemoryTable
 from rlhf_kit.data.annotations import has_sentences, sentence_spans
 from rlhf_kit.data.config import DataBase
 from rlhf_kit.data.implicit_prompts import dialogue_messages, opening, split_pair
-from rlhf_kit.data.messages import is_messages, prompt_messages, without_nulls
+from rlhf_kit.data.messages import is_messages, prompt_messages, with_own_keys, without_nulls
 from rlhf_kit.data.names import PROMPTS
 from rlhf_kit.data.perturbations import last_text, with_last_text
 
@@ -33,7 +33,7 @@ def dataset_of(columns: Mapping[str, Sequence[Any]]) -> Dataset:
     as_json = {name for name, values in columns.items() if _is_json(name, values)}
     plain = Dataset.from_dict({name: list(values) for name, values in columns.items() if name not in as_json})
     features = {name: JSON if name in as_json else plain.features[name] for name in columns}
-    given = {name: without_nulls(list(columns[name])) if name in as_json else plain[name][:] for name in columns}
+    given = {name: _cleared(name, columns[name]) if name in as_json else plain[name][:] for name in columns}
     return Dataset.from_dict(given, features=Features(features)) if as_json else plain
 
 
@@ -43,6 +43,11 @@ def _is_json(name: str, values: Sequence[Any]) -> bool:
         given = [value for value in values if value is not None]
         return bool(given) and all(isinstance(value, list) and all(map(_is_mapping, value)) for value in given)
     return len(values) > 0 and all(map(is_messages, values))
+
+
+def _cleared(name: str, values: Sequence[Any]) -> list[Any]:
+    """Tools or conversations without the keys of other rows."""
+    return without_nulls(list(values)) if name == "tools" else [list(map(with_own_keys, value)) for value in values]
 
 
 def _is_mapping(value: object) -> bool:

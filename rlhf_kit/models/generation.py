@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -29,12 +30,14 @@ def generate_ids(
     temperature: float | None = None,
     top_p: float = 1.0,
     batch_size: int = 64,
+    tools: Sequence[Any] | None = None,
     synced_gpus: bool | None = None,
     on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[int]]:
     """The tokens of one completion a prompt, greedy or sampled at `temperature`, up to the one that ends it.
 
-    Prompts are text or messages (rendered with the tokenizer's chat template). `synced_gpus` is transformers': None
+    Prompts are text or messages (rendered with the tokenizer's chat template, which is told of each prompt's `tools`).
+    `synced_gpus` is transformers': None
     lets the processes of ZeRO-3 wait for each other at every token, False is for a model that each has whole.
     With `top_p` only the likeliest tokens are sampled that have that much of the probability together.
     `on_batch` is told how many rows are done, of how many, at the start and after each batch.
@@ -49,7 +52,8 @@ def generate_ids(
     completions: list[list[int]] = []
     on_batch(0, len(prompts))
     for start in range(0, len(prompts), batch_size):
-        inputs = encode_prompts(tokenizer, prompts[start : start + batch_size])
+        stop = start + batch_size
+        inputs = encode_prompts(tokenizer, prompts[start:stop], None if tools is None else tools[start:stop])
         output = policy.generate(
             **{name: tensor.to(policy.device) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
@@ -66,6 +70,20 @@ def generate_ids(
     return completions
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], tools: Any, add_generation_prompt: bool
+) -> str:
+    """Messages as the chat template writes them, which is told of `tools`: a list, or its JSON."""
+    known = json.loads(tools) if isinstance(tools, str) else tools
+    rendered = tokenizer.apply_chat_template(
+        cast(Any, list(messages)),
+        tools=known or None,  # Llama's templates write of tools where the list is empty
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+    )
+    return cast(str, rendered)
+
+
 def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """`ids` without the padding behind the first token that ends a completion."""
     length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
@@ -79,15 +97,22 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({*ids, cast(int, tokenizer.eos_token_id)} - {None})
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> dict[str, Tensor]:
-    """Left-padded `input_ids` and `attention_mask` of text or conversational prompts."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], tools: Sequence[Any] | None = None
+) -> dict[str, Tensor]:
+    """Left-padded `input_ids` and `attention_mask` of text or conversational prompts, each with its `tools`, if any."""
+    encoded: Any
     if isinstance(prompts[0], str):
-        encoded: Any = tokenizer(cast(Any, list(prompts)))
-    else:
+        encoded = tokenizer(cast(Any, list(prompts)))
+    elif tools is None:
         conversations = cast(Any, [list(prompt) for prompt in prompts])
         encoded = tokenizer.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True
         )
+    else:
+        told = zip(prompts, tools, strict=True)
+        texts = [chat_text(tokenizer, prompt, known, add_generation_prompt=True) for prompt, known in told]
+        encoded = tokenizer(texts, add_special_tokens=False)
     encoded = tokenizer.pad(dict(encoded), padding=True, padding_side="left", return_tensors="pt")
     # Some tokenizers add fields, such as token types, that no causal model takes.
     fields = cast(dict[str, Tensor], encoded)

@@ -37,10 +37,13 @@ def sample_completions(
     k = config.num_generations
     total = k * len(prompts)
     first, end = (len(prompts) * edge // world for edge in (rank, rank + 1))
+    told = {name: prompts[name][first:end] for name in ("prompt", "tools") if name in prompts.column_names}
+    repeated = {name: [value for value in values for _ in range(k)] for name, values in told.items()}
     own = generate_ids(
         model,
         tokenizer,
-        [prompt for prompt in prompts["prompt"][first:end] for _ in range(k)],
+        repeated["prompt"],
+        tools=repeated.get("tools"),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         batch_size=config.batch_size,

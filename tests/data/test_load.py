@@ -118,7 +118,7 @@ def test_labels_become_booleans(write, given, label):
 
 def call(name, **arguments):
     function = {"name": name, "arguments": arguments}
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
 ANSWERS = [
@@ -158,9 +158,17 @@ def test_calls_may_have_arguments_of_several_types(write):
     data = load(write(rows), templates={"text": "{prompt}"}, columns={"copy": "completion", "completion": "completion"})
     assert data["completion"][:] == data["copy"][:] == [row["completion"] for row in rows]
     assert data["tools"][:] == [None, TOOLS[0]]
-    mixed = [[*ANSWERS[0], {"role": "assistant", "content": None}], ANSWERS[1]]
-    read = load(write([{"prompt": "p", "completion": said} for said in mixed]))["completion"]
-    assert read[:] == [[*ANSWERS[0], {"role": "assistant"}], ANSWERS[1]]
+
+
+def test_every_message_has_a_content_though_it_be_null(write):
+    said = [
+        {"role": "assistant", "name": None},
+        {"role": "tool", "content": [{"type": "text", "text": "1", "at": None}]},
+    ]
+    assert load(write([{"prompt": "p", "completion": said}]))["completion"][0] == [
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": [{"type": "text", "text": "1"}]},
+    ]
 
 
 GOOD = {"prompt": "p", "completion": "c", "label": True}

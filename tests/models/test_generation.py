@@ -85,6 +85,20 @@ def test_conversations_are_rendered_with_the_chat_template(make_model, tokenizer
     )
 
 
+def test_each_prompt_is_rendered_with_its_own_tools(make_model, tokenizer) -> None:
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}" + CHAT
+    messages = [[{"role": "user", "content": str(number)}] for number in range(4)]
+    tools = [[{"name": "3"}, {"name": "4"}], None, [], '[{"name": "2"}]']
+    encoded = encode_prompts(tokenizer, messages, tools)
+    words = [tokenizer.convert_ids_to_tokens(row) for row in encoded["input_ids"].tolist()]
+    pad = "<pad>"
+    assert words == [["3", "4", "0", "="], [pad, pad, "1", "="], [pad, pad, "2", "="], [pad, "2", "3", "="]]
+    model = make_model(seed=2)
+    assert generate(model, tokenizer, messages, max_new_tokens=4, batch_size=3, tools=tools) == generate(
+        model, tokenizer, ["3 4 0 =", "1 =", "2 =", "2 3 ="], max_new_tokens=4
+    )
+
+
 def test_only_what_a_causal_model_takes_is_passed_on(tokenizer) -> None:
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     assert "token_type_ids" in tokenizer(["1"])

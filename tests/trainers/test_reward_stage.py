@@ -201,10 +201,12 @@ def test_processes_share_the_sampling_and_all_have_all_of_it(monkeypatch, policy
     """Of 6 prompts, each in one block; what the first process samples is what it would sample of these alone."""
     config = Sampled.model_validate(sampled(policy_path))
     prompts = load_data(config.prompts)
-    asked, blocks, told = [], [], []
+    prompts = prompts.add_column("tools", [f"[{number}]" for number in range(6)])
+    asked, tools, blocks, told = [], [], [], []
 
     def recorded(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> list[list[int]]:
         asked.append(prompts)
+        tools.append(options["tools"])
         blocks.append(generate_ids(model, tokenizer, prompts, **options))
         return blocks[-1]
 
@@ -215,6 +217,7 @@ def test_processes_share_the_sampling_and_all_have_all_of_it(monkeypatch, policy
         monkeypatch.setattr(sampling, "gather_object", lambda own: ([*chain(*blocks)] + [[0]] * 12)[:12])
         groups = sampling.sample_completions(config, prompts, lambda *counts: told.append(counts))
     assert [*chain(*asked)] == [prompt for prompt in prompts["prompt"] for _ in range(2)]
+    assert [*chain(*tools)] == [f"[{number}]" for number in range(6) for _ in range(2)]
     assert max(map(len, asked)) - min(map(len, asked)) <= 2
     assert [completion.ids for completion in chain(*groups)] == [*chain(*blocks)]
     assert [len(group) for group in groups] == [2] * 6
