@@ -295,6 +295,14 @@ def test_what_is_done_is_not_repeated_and_a_change_repeats_what_depends_on_it(st
     assert set(run(stage(evals=evals))) == {"best"}
 
 
+def test_other_sources_repeat_the_best_of_n_that_they_choose_in(stage, run, jsonl, prm):
+    evals = {"best": {"type": "best_of_n", "data": jsonl(LABELLED)}}
+    first = run(stage(evals=evals))["best"]["fingerprint"]
+    assert run(stage(evals=evals))["best"]["fingerprint"] == first
+    other = [{"type": "implicit_prm", "path": str(prm), "beta": 0.1}]
+    assert run(stage(evals=evals, rewards=other))["best"]["fingerprint"] != first
+
+
 def test_completions_are_sampled_once_for_all_evaluations_that_name_them(stage, run, small_policy, tmp_path):
     prompts = {"type": "running_sums", "size": 6, "terms": 2, "modulus": 7}
     data = {"type": "sampled", "model": str(small_policy), "prompts": prompts, "verifier": "exact"}
