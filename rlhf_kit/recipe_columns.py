@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -37,6 +38,7 @@ WRITTEN = {
     UNPAIRED: ("prompt", "completion", "label", "completion_ids"),
     SFT: ("prompt", "completion", "completion_ids"),
 }
+RUNNING_SUMS = ("prompt", "completion", "answer", "steps")
 
 
 class Columns(NamedTuple):
@@ -131,26 +133,36 @@ def _shaped(columns: Known, config: DataBase) -> Known:
     """The columns under the names that the data set's `columns` give them, and those of its `templates`."""
     if not isinstance(columns, Columns):
         return columns
+    have = f"the columns are {listed(columns.names)}"
     for new, old in config.columns.items():
         if columns.lack(old):
-            return Problem(f"columns.{new}", "there is no such column", old, f"the columns are {listed(columns.names)}")
+            return Problem(f"columns.{new}", "there is no such column", old, have)
+        if new in columns.names and new not in config.columns.values():
+            remedy = "give that one another name in columns too"
+            return Problem(f"columns.{new}", "there is a column of that name already", old, remedy)
     kept = (name for name in columns.names if name not in config.columns.values())
-    return Columns(_with(config.columns, *kept, *config.templates), columns.whole)
+    named = columns._replace(names=_with(config.columns, *kept))
+    for new, template in config.templates.items():
+        if new in named.names:
+            return Problem(
+                f"templates.{new}", "there is a column of that name already", template, "choose another name"
+            )
+        unknown = [name for name in re.findall(r"\{(\w+)\}", template) if named.lack(name)]
+        if unknown:
+            return Problem(f"templates.{new}", f"there is no column {unknown[0]} to put in", template, have)
+    return named._replace(names=_with(named.names, *config.templates))
 
 
 def _loaded(config: DataConfig) -> Known:
     """The columns of data that are on this machine, or are made there; of large tasks one row is made."""
     if isinstance(config, RunningSums):
-        problem = running_sums_problem(config)
-        if problem is not None:
-            return problem
+        return running_sums_problem(config) or _shaped(Columns(RUNNING_SUMS), config)
     if isinstance(config, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
         path = Path(config.path)
         if not path.is_file() or path.stat().st_size > LARGEST_FILE:
             return None
-    elif isinstance(config, ReasoningGym | RunningSums):
-        terms = {"terms": 1} if isinstance(config, RunningSums) else {}
-        config = config.model_copy(update={"size": 1, "skip": 0, "limit": None, "hash_range": None, **terms})
+    elif isinstance(config, ReasoningGym):
+        config = config.model_copy(update={"size": 1, "skip": 0, "limit": None, "hash_range": None})
     elif not isinstance(config, ToolArithmetic | Marketplace):
         return None
     from rlhf_kit.data.load import load_data

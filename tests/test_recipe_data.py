@@ -16,6 +16,7 @@ from rlhf_kit.data.config import RunningSums
 from rlhf_kit.data.load import load_data
 from rlhf_kit.problems import RecipeError
 from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_columns import RUNNING_SUMS
 from rlhf_kit.recipe_data import check_data
 
 MODEL = {"type": "scratch", "vocabulary": "running_sums"}
@@ -273,6 +274,18 @@ SETS = {"type": "concatenated", "sets": [jsonl(), PAIRED_ROWS]}
             ["data: objective dpo reads rejected, and there is only chosen, prompt"],
         ),
         (
+            {**SFT, "data": {**SUMS, "size": 8, "columns": {"answer": "steps"}}},
+            ["data.columns.answer: there is a column of that name already (value 'steps')"],
+        ),
+        (
+            {**SFT, "data": {**SUMS, "size": 8, "columns": {"a": "answer"}, "templates": {"b": "{a} {answer}"}}},
+            ["data.templates.b: there is no column answer to put in"],
+        ),
+        (
+            {**SFT, "data": {**SUMS, "size": 8, "templates": {"answer": "{prompt}"}}},
+            ["data.templates.answer: there is a column of that name already"],
+        ),
+        (
             {**SFT, "data": {**SETS, "sets": [jsonl(), jsonl(columns={"a": "b"})]}},
             ["data.sets.1: rows.jsonl: columns maps 'a' to 'b'"],
         ),
@@ -281,6 +294,10 @@ SETS = {"type": "concatenated", "sets": [jsonl(), PAIRED_ROWS]}
 def test_what_data_made_of_data_lack_is_said(stage: dict[str, Any], said: list[str], problems: Any) -> None:
     found = problems(stage)
     assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
+
+
+def test_running_sums_have_the_columns_that_are_known_of_them() -> None:
+    assert tuple(load_data(RunningSums(type="running_sums", size=1)).column_names) == RUNNING_SUMS
 
 
 HUB = {"type": "hub", "path": "owner/data"}
@@ -300,6 +317,8 @@ HUB = {"type": "hub", "path": "owner/data"}
         {**I_ORPO, "data": {**CORRUPTED, "rows": HUB}},
         {**CUT, "data": {**CORRUPTED, "templates": {"judged_prompt": "{prompt}"}}},
         {**CUT, "data": {**CORRUPTED, "columns": {"judged_prompt": "corrupted_prompt"}}},
+        {**SFT, "data": {**SUMS, "size": 8, "columns": {"answer": "steps", "steps": "answer"}}},
+        {**SFT, "data": {**SUMS, "size": 8, "columns": {"a": "answer"}, "templates": {"b": "{a}"}}},
     ],
 )
 def test_data_made_of_data_that_will_do_are_no_problem(stage: dict[str, Any], problems: Any) -> None:
