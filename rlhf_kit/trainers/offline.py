@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.kto_config import KTOConfig
-from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_kit.data.config import DataConfig
 from rlhf_kit.data.load import Origins, Sampler
@@ -62,7 +61,7 @@ def _objective_trainer(
     data = encode(stage.data)  # what may be wrong with it is said before a model is loaded
     held_out = None if eval_data is None else encode(eval_data)
     model = load_model(stage.model)
-    disable_dropout_in_model(cast(nn.Module, model))
+    keep_adapter_dropout(cast(nn.Module, model))
     add_log_prob_head(model)
     reference = None
     if objective.compares:
@@ -95,8 +94,9 @@ def _trl_trainer(
     config, trainer_class = (
         (DPOConfig, EncodedDpoTrainer) if isinstance(objective, Dpo) else (KTOConfig, EncodedKtoTrainer)
     )
-    # Unless the recipe says so, nothing is cut off.
-    args = build_args(config, run, {**stage.trainer.args, **objective.args()}, max_length=None)
+    # Unless the recipe says so, nothing is cut off, and dropout is that of the other objectives.
+    given = {**stage.trainer.args, **objective.args()}
+    args = build_args(config, run, given, max_length=None, disable_dropout=False)
     set_seed(args.seed)
     data, cut = with_room(encode(stage.data), args, "data")
     held_out = None
@@ -116,7 +116,19 @@ def _trl_trainer(
         callbacks=list(run.callbacks),
     )
     trainer.cut = cut
+    if "disable_dropout" not in given:
+        keep_adapter_dropout(cast(nn.Module, model))
     return trainer, base_scorer(cast(PeftModel, model)) if frozen is None else frozen
+
+
+def keep_adapter_dropout(model: nn.Module) -> None:
+    """Let no dropout be but that of the LoRA adapter that learns, which the recipe gives.
+
+    A model's own would make noise of what the reference says as well, where the two share their layers.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout.default"):
+            module.p = 0.0
 
 
 # --- reference ---

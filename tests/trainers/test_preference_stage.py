@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf_kit.data.load import load_data
 from rlhf_kit.errors import RunError
@@ -19,6 +21,7 @@ from rlhf_kit.evals.steps import accuracy_interval
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.loading import load_model, load_tokenizer
 from rlhf_kit.trainers.config import Preference
+from rlhf_kit.trainers.offline import keep_adapter_dropout
 from rlhf_kit.trainers.preference import run_preference
 from rlhf_kit.trainers.setup import StageRun
 
@@ -248,6 +251,37 @@ def test_longer_rows_are_left_out_and_counted(objective: str, longest: int, make
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
     with pytest.raises(RunError, match="all 5 rows of the data are longer than 2 tokens"):
         run_preference(make(objective, max_length=2), StageRun(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "nca"])
+def test_the_dropout_of_an_adapter_is_that_of_the_recipe(objective: str, make: Make, tmp_path: Path) -> None:
+    """It acts while the adapter learns, but not at the start, where an adapter is nothing; TRL's own word goes first."""
+    adapters, losses = [], []
+    for number, (dropout, args) in enumerate([(0.0, {}), (0.5, {}), (0.5, {"disable_dropout": True})]):
+        if args and objective not in ("dpo", "kto"):
+            continue
+        logs, folder = Logs(), tmp_path / str(number)
+        stage = make(objective, {**args, "max_steps": 6}, model={"peft": {**LORA, "dropout": dropout}})
+        run_preference(stage, StageRun(folder, callbacks=[logs]))
+        losses.append([entry["loss"] for entry in logs.entries if "loss" in entry])
+        adapters.append(load_file(folder / "model" / "adapter_model.safetensors"))
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-6)  # nothing is there yet to be dropped
+    assert losses[0][2:] != pytest.approx(losses[1][2:], abs=1e-5)
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    if len(adapters) == 3:
+        assert all(torch.equal(adapters[0][name], adapters[2][name]) for name in adapters[0])
+
+
+def test_a_models_own_dropout_is_off(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8, resid_pdrop=0.1, embd_pdrop=0.2, attn_pdrop=0.3)
+    lora = LoraConfig(r=2, lora_dropout=0.4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(GPT2LMHeadModel(config), lora)
+    keep_adapter_dropout(model)
+    left = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert len(left) > 4
+    assert {name: p for name, p in left.items() if p} == {
+        "base_model.model.transformer.h.0.attn.c_attn.lora_dropout.default": 0.4
+    }
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
