@@ -255,7 +255,7 @@ def test_longer_rows_are_left_out_and_counted(objective: str, longest: int, make
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "nca"])
 def test_the_dropout_of_an_adapter_is_that_of_the_recipe(objective: str, make: Make, tmp_path: Path) -> None:
-    """It acts while the adapter learns, but not at the start, where an adapter is nothing; TRL's own word goes first."""
+    """It acts while the adapter learns, not at the start, where an adapter is nothing; TRL's own word goes first."""
     adapters, losses = [], []
     for number, (dropout, args) in enumerate([(0.0, {}), (0.5, {}), (0.5, {"disable_dropout": True})]):
         if args and objective not in ("dpo", "kto"):
