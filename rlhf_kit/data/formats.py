@@ -12,7 +12,7 @@ from rlhf_kit.data.config import DataBase
 from rlhf_kit.data.implicit_prompts import answer_messages, dialogue_messages
 from rlhf_kit.data.messages import completion_messages, prompt_messages
 from rlhf_kit.data.names import COMPLETIONS, PROMPTS
-from rlhf_kit.data.shaping import dataset_of
+from rlhf_kit.data.shaping import struct_columns, with_columns
 from rlhf_kit.rollout import Message
 
 
@@ -22,8 +22,11 @@ def formatted(dataset: Dataset, config: DataBase, origins: Origins) -> Dataset:
     Raises:
         ValueError: a template would wrap messages, or two prompts of a row differ in form; the message names the row.
     """
-    columns: dict[str, list[Any]] = {name: dataset[name][:] for name in dataset.column_names}
-    prompts = [name for name in PROMPTS if name in columns]
+    columns = struct_columns(dataset)
+    prompts = [name for name in PROMPTS if name in dataset.column_names]
+    changes = config.chat or config.prompt_template is not None or len(prompts) > 1
+    read = (*prompts, *COMPLETIONS) if changes else ()
+    columns |= {name: dataset[name][:] for name in (*read, "label") if name in dataset.column_names}
     if config.prompt_template is not None:
         for name in prompts:
             columns[name] = _wrapped(columns[name], config.prompt_template, origins)
@@ -41,7 +44,7 @@ def formatted(dataset: Dataset, config: DataBase, origins: Origins) -> Dataset:
         _check_alike(columns, name, _is_text, "text", origins)
     if "label" in columns:
         columns["label"] = [bool(label) for label in columns["label"]]
-    return dataset_of(columns)
+    return with_columns(dataset, columns)
 
 
 def _wrapped(prompts: Sequence[Any], template: str, origins: Origins) -> list[str]:

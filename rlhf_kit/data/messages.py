@@ -42,7 +42,7 @@ def with_own_keys(message: Message) -> Message:
 
     Templates ask whether the content is null, and TRL reads it of every message.
     """
-    kept = {key: without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
+    kept = without_nulls(message)
     return cast("Message", kept if "content" in kept else {**kept, "content": None})
 
 

@@ -37,6 +37,27 @@ def dataset_of(columns: Mapping[str, Sequence[Any]]) -> Dataset:
     return Dataset.from_dict(given, features=Features(features)) if as_json else plain
 
 
+def with_columns(dataset: Dataset, columns: Mapping[str, Sequence[Any]]) -> Dataset:
+    """The data set with some columns replaced, and new ones behind the others, which stay as they are."""
+    if not columns:
+        return dataset
+    made = dataset_of(columns)
+    features = Features({**dataset.features, **made.features})
+    whole, new = (cast(pyarrow.Table, of.with_format("arrow")[:]) for of in (dataset, made))
+    table = pyarrow.table([(new if name in columns else whole)[name] for name in features], names=list(features))
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+
+
+def struct_columns(dataset: Dataset) -> dict[str, list[Any]]:
+    """Conversations and tools that a table keeps in columns of their keys, so that each row has all keys."""
+    found = {name: dataset[name][:] for name, of in dataset.features.items() if isinstance(_items_of(of), dict)}
+    return {name: values for name, values in found.items() if _is_json(name, values)}
+
+
+def _items_of(feature: Any) -> Any:
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
 def _is_json(name: str, values: Sequence[Any]) -> bool:
     """Whether a column holds conversations, or the tools of each row that has any."""
     if name == "tools":
@@ -85,8 +106,8 @@ def with_prompts(dataset: Dataset, source: str) -> Dataset:
             raise ValueError(f"{source}, row {number}: {error}") from error
         for name, part in zip(split, parts, strict=True):
             split[name].append(part)
-    rest = {name: dataset[name][:] for name in dataset.column_names if name not in split}
-    return dataset_of({**split, **rest})
+    rest = [name for name in dataset.column_names if name not in split]
+    return with_columns(dataset, split).select_columns([*split, *rest])
 
 
 def with_templates(dataset: Dataset, config: DataBase, source: str) -> Dataset:
@@ -109,7 +130,7 @@ def with_templates(dataset: Dataset, config: DataBase, source: str) -> Dataset:
         new: [_further_prompt(text, row, config) if new in PROMPTS else _filled(text, row) for row in rows]
         for new, text in config.templates.items()
     }
-    return dataset_of({**{name: dataset[name][:] for name in names}, **made})
+    return with_columns(dataset, made)
 
 
 def _filled(template: str, row: Row) -> str:
@@ -144,9 +165,8 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], source: str) -> Datase
     kept = {name: name for name in names if name not in columns.values()}
     table = dataset.data.table
     wanted = {**columns, **kept}
-    features = Features({new: dataset.features[old] for new, old in wanted.items()})
     table = pyarrow.table([table[old] for old in wanted.values()], names=list(wanted))
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+    return Dataset(InMemoryTable(table))
 
 
 def selection(dataset: Dataset, config: DataBase, source: str) -> list[int]:

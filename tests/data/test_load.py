@@ -160,6 +160,23 @@ def test_calls_may_have_arguments_of_several_types(write):
     assert data["tools"][:] == [None, TOOLS[0]]
 
 
+@pytest.mark.parametrize("fields", [{}, {"chat": True, "templates": {"x": "{prompt}"}}])
+def test_other_columns_keep_their_types(fields, tmp_path):
+    """Those that nothing here reads are as the file has them, also where a row's messages are not."""
+    types = {"n": pyarrow.int8(), "at": pyarrow.timestamp("ms"), "vector": pyarrow.list_(pyarrow.float32())}
+    values = {"n": [1, None], "at": [0, 1], "vector": [[0.5], []], "label": [1.0, 0.0], "completion": ANSWERS}
+    arrays = {name: pyarrow.array(of, types.get(name)) for name, of in values.items() if name != "completion"}
+    said = pyarrow.array([answer[:1] for answer in ANSWERS])
+    path = str(tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], **arrays, "completion": said}), path)
+    data = load_data(config({"type": "parquet", "path": path, "shuffle_seed": 1, **fields}))
+    written = data.with_format("arrow")[:].schema
+    assert {name: written.field(name).type for name in types} == types
+    assert data.column_names == ["prompt", "n", "at", "vector", "label", "completion", *fields.get("templates", {})]
+    assert sorted(data["completion"][:], key=str) == sorted((answer[:1] for answer in ANSWERS), key=str)
+    assert data["label"][:] == [{1: True, None: False}[n] for n in data["n"]]
+
+
 def test_every_message_has_a_content_though_it_be_null(write):
     said = [
         {"role": "assistant", "name": None},

@@ -83,6 +83,11 @@ def test_another_prompt_is_replayed(new, older):
     assert len(with_replay([{"prompt": new, "chosen": "+"}], [{"prompt": older, "chosen": "+"}], 0.5)) == 2
 
 
+def test_where_only_the_system_speaks_its_words_are_the_prompt():
+    tea, gin = say(("system", "Tea?")), say(("system", "Gin?"))
+    assert len(with_replay([{"prompt": tea, "chosen": "+"}], [{"prompt": gin, "chosen": "+"}], 0.5)) == 2
+
+
 @pytest.mark.parametrize("newer", [True, False])
 def test_sampled_ids_are_kept_and_rows_without_are_null(newer):
     sampled, written = pairs([1], chosen_ids=[5], rejected_ids=[6, 7], completion_ids=[8]), pairs([2], chosen_ids=None)
