@@ -25,7 +25,8 @@ class DataBase(Config):
 
     Rows that have `chosen` and `rejected` and no prompt share one: what both begin with. Annotated texts have `text`
     and `spans`, a list of `{start, end, label}`; or `sentences`, a list of `{text, label}` in their order, with a label
-    of null where there is nothing to mark.
+    of null where there is nothing to mark. Of a row's `tools` (a list, or its JSON) the chat template is told where a
+    stage learns from given completions; `ppo` has its tools from the stage. A null key of a message or a tool is none.
     """
 
     columns: dict[str, str] = Field(default_factory=dict)
