@@ -284,6 +284,21 @@ def test_a_models_own_dropout_is_off(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("peft", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize(("objective", "nats"), [("dpo", 1.0), ("nca", 2.0)])
+def test_a_model_with_dropout_starts_as_its_reference(
+    objective: str, nats: float, peft: Any, make: Make, policy_path: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(Pretrained(path=policy_path))
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5, embd_pdrop=0.5)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    model = {"path": str(tmp_path / "gpt2"), "peft": peft and {**peft, "target_modules": ["c_attn"]}}
+    logs = Logs()
+    run_preference(make(objective, {"max_steps": 1}, model=model), StageRun(tmp_path / "run", callbacks=[logs]))
+    assert logs.entries[0]["loss"] == pytest.approx(nats * torch.tensor(2.0).log().item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
 def test_nothing_is_cut_off_unless_the_recipe_says_so(objective: str, make: Make, tmp_path: Path) -> None:
     """Also not at the 1,024 tokens that TRL's own trainers would read, with and without a larger `max_length`."""
