@@ -80,8 +80,9 @@ def write_rows(path: Path, tokenizer: Any, count: int, prompt: int, length: int)
     for number in range(count):
         completions = {"chosen": ids(), "rejected": ids(), "completion": ids()}
         prompts = {name: text(prompt) for name in ("prompt", "corrupted_prompt", "judged_prompt")}
+        texts = {name: tokenizer.decode(value) for name, value in completions.items()}
         given = {f"{name}_ids": value for name, value in completions.items()}
-        rows.append({**prompts, **dict.fromkeys(completions, "-"), **given, "label": number % 2 == 0, "scope": 0})
+        rows.append({**prompts, **texts, **given, "label": number % 2 == 0, "scope": 0})
     Dataset.from_list(rows).to_parquet(str(path))
 
 
