@@ -28,6 +28,7 @@ TRUNCATED, IDENTICAL, NOT_APPLICABLE = "truncated", "identical", "not_applicable
 FAILED, CONTRADICTORY, TIED, CLOSE = "failed", "contradictory", "tied", "close"
 DROPPED = (TRUNCATED, IDENTICAL, NOT_APPLICABLE, FAILED, CONTRADICTORY, TIED, CLOSE)
 SIDES = ("chosen", "rejected")
+SAMPLED = ("length", "truncated", "completion_ids")  # what only a sampled completion has, whatever the data call so
 
 
 class Comparing(BuilderBase):
@@ -140,7 +141,7 @@ class ComparedPairs(Builder):
             return [{**row, "prompt_index": first + place // count, **context.facts(row)} for place, row in sampled]
         return [
             {
-                **row,
+                **{name: value for name, value in row.items() if name not in SAMPLED},
                 "prompt_index": number,
                 "completion": completion_like(row["prompt"], given),
                 "text": completion_text(given),

@@ -11,19 +11,30 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from datasets import Dataset
+from datasets.table import InMemoryTable
 
+from rlhf_kit.data.shaping import dataset_of
 from rlhf_kit.errors import RunError
 from rlhf_kit.pairs.builder import Row
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a Parquet file, or with the suffix `.jsonl` JSON lines, in which a number that is none is null."""
+    """Write a Parquet file, or with the suffix `.jsonl` JSON lines, in which a number that is none is null.
+
+    Conversations and tools whose values no column can hold, such as arguments that are a number here and text there,
+    are JSON in Parquet, as `datasets` reads it.
+    """
     partial = path.with_suffix(".partial")
     if path.suffix == ".jsonl":
-        lines = (json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        partial.write_text("".join(lines), encoding="utf-8")
+        lines = (json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str) for row in rows)
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+        try:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+        except pyarrow.ArrowException:
+            names = dict.fromkeys(name for row in rows for name in row)
+            dataset_of({name: [row.get(name) for row in rows] for name in names}).to_parquet(str(partial))
     os.replace(partial, path)
 
 
@@ -42,6 +53,8 @@ def read_rows(path: Path) -> list[Row]:
         RunError: the file is broken.
     """
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        as_datasets = b"huggingface" in (table.schema.metadata or {})
+        return Dataset(InMemoryTable(table)).to_list() if as_datasets else table.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise RunError(f"{path} cannot be read ({error}): remove it, and start the same command again") from error

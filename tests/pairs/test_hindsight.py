@@ -86,6 +86,15 @@ def test_what_each_mode_prefers(mode: str, honest: float, lie: float, hides: flo
     assert told == {"none": None, "partial": facts[2], "oracle": " ".join(facts)}[mode]
 
 
+def test_what_the_data_say_of_a_prompt_is_not_taken_for_its_completions(tmp_path: Path) -> None:
+    about = {"length": 77, "truncated": True, "completion_ids": [1, 2]}
+    path = write(tmp_path / "rows.jsonl", [[LIE, HONEST]], **vars(MARKET), **about)
+    (row,), results = built(tmp_path / "run", given(path, mode="partial"))
+    assert (row["chosen"], row["rejected"]) == (HONEST, LIE) and results["truncated"] == 0
+    assert not {name for name in row if name.startswith("length") or name.endswith("_ids")}
+    assert [row["label"] for row in read_rows(tmp_path / "run" / "unpaired.parquet")] == [True, False]
+
+
 @pytest.fixture(scope="module")
 def consultant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny policy that says something of each option."""
