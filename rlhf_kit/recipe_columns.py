@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -157,18 +158,26 @@ def _loaded(config: DataConfig) -> Known:
     """The columns of data that are on this machine, or are made there; of large tasks one row is made."""
     if isinstance(config, RunningSums):
         return running_sums_problem(config) or _shaped(Columns(RUNNING_SUMS), config)
+    changed = 0
     if isinstance(config, Jsonl | Parquet | Gsm8kSolutions | ToxicSpans | QaFeedback):
         path = Path(config.path)
         if not path.is_file() or path.stat().st_size > LARGEST_FILE:
             return None
+        changed = path.stat().st_mtime_ns
     elif isinstance(config, ReasoningGym):
         config = config.model_copy(update={"size": 1, "skip": 0, "limit": None, "hash_range": None})
     elif not isinstance(config, ToolArithmetic | Marketplace):
         return None
+    return _read(type(config), config.model_dump_json(), changed)
+
+
+@lru_cache(maxsize=64)  # several checks ask for the same data
+def _read(kind: type[DataBase], settings: str, changed: int) -> Known:
+    """The columns of data at hand, whose file last changed at `changed` (ns)."""
     from rlhf_kit.data.load import load_data
 
     try:
-        return Columns(tuple(load_data(config).column_names))
+        return Columns(tuple(load_data(cast(DataConfig, kind.model_validate_json(settings))).column_names))
     except (ValueError, OSError) as error:
         return Problem("", str(error))
 
