@@ -55,24 +55,28 @@ _NO_MORE = r"(?![ \t]*[$€£¥₹%]|[.,:/-]?\w)"
 _EXTENSION = r"(?:[ ,]{1,2}(?:ext\.?|extension|x)[ .]?\d{1,5})?"
 _PHONE = re.compile(
     rf"{_NOT_WITHIN}(?:"
-    r"\+[1-9]\d{0,2}(?:[ ./()-]{0,2}\d{1,12}){1,6}"  # +44 (0)20 7946 0958
-    r"|00[1-9]\d{0,2}[ /-](?:[ ./()-]{0,2}\d{2,12}){2,5}"  # 0049 30 1234567
+    r"\+[1-9](?:[ ./()-]{0,2}\d){1,14}"  # +44 (0)20 7946 0958
+    r"|00[1-9]\d{0,2}[ /-](?:\(0\))?(?=(?:[ ./()-]{0,2}\d){4})[ ./()-]{0,2}\d\d"
+    r"(?:\d|[ ./()-]{1,2}\d\d){1,11}"  # 0049 30 1234567, 0044 (0)20 7946 0958
     r"|(?:1[ .-])?(?:\([2-9]\d\d\)[ -]?|[2-9]\d\d(?P<sign>[.-]))[2-9]\d\d[ .-]\d{4}"  # (202) 555-0143, 202-555-0143
     r"|(?:\(0[1-9]\d{1,3}\)|0[1-9]\d{1,3})[ /-]{1,3}(?:\d{3,5}[ -]\d{3,5}|\d{5,8})"  # 030 1234567, (020) 7946 0958
+    r"|(?<!\d[ .-])0[1-9](?P<between>[ .-])\d\d(?:(?P=between)\d\d){3}(?![ .-]?\d)"  # 06 12 34 56 78
+    r"|(?<!=)(?<!isbn[ :-])(?<!isbn: )(?<!isbn-10 )(?<!isbn-10: )0[1-9]\d{8,9}"  # 07700900123
     rf"){_EXTENSION}{_NO_MORE}",
     re.IGNORECASE,
 )
 _NAMED_PHONE = re.compile(
-    r"(?P<name>\b(?:tele)?(?:phone|fon|fax|mobile|cell|tel|call|dial|ring|sms|text|whats[ -]?app|hotline)s?\b[.)]?"
-    r"(?:[ \t]*(?:numbers?|no\b\.?|nr\b\.?|phone|me|us|him|her|them|my|at|on|via|is|:|=|\#)){0,4}[ \t]*)"
+    r"(?P<name>\b(?:(?:tele|cell)?(?:phone|fon|fax|mobile|cell|tel|call|dial|ring|sms|text|whats[ -]?app|hotline)s?"
+    r"|(?:reach|contact)[ \t](?:me|us|him|her|them|number)|(?:my|your|his|her|our|their)[ \t]number)\b[.)]?"
+    r"(?:[ \t]*(?:numbers?|no\b\.?|nr\b\.?|phone|me|us|him|her|them|my|at|on|under|via|is|'s|:|=|\#)){0,4}[ \t]*)"
     rf"(?P<number>(?:\+|\()?\d(?:[ ./()-]{{0,2}}\d){{6,14}}{_EXTENSION})(?![ ]?\d){_NO_MORE}",
     re.IGNORECASE,
 )
-# Thousands, a decimal, a round number, single digits in a row; and what holds a date or two years.
+# Thousands, a decimal, a round number, digits in a row or in order; and what holds a date or two years.
 _ORDINARY = re.compile(
-    r"\+?[1-9]\d{0,2}([ .])\d{3}(?:\1\d{3})*|\+?\d+\.\d+|\d+0000|(?:\D*\b\d\b){3}.*"
-    r"|(?!\+).*\b(?:[0-3]?\d([-/.])[0-3]?\d\2(?:\d\d|YEAR)|YEAR([-/.])[01]?\d\3[0-3]?\d|[0-3]\d [0-3]\d YEAR"
-    r"|YEAR ?[-/] ?YEAR)\b.*".replace("YEAR", r"(?:1[5-9]|20)\d\d")
+    r"\+?[1-9]\d{0,2}([ .])\d{3}(?:\1\d{3})*|\+?\d+\.\d+|\d+0000|(?:\D*\b\d\b){3}.*|0\d(?:\D0\d)+|0123456789|0987654321"
+    r"|(?!\+).*\b(?:(?<!\d[-/.])[0-3]?\d([-/.])[0-3]?\d\2(?:\d\d|YEAR)(?!\2\d)|YEAR([-/.])[01]?\d\3[0-3]?\d"
+    r"|[0-3]\d [0-3]\d YEAR|YEAR ?[-/] ?YEAR)\b.*".replace("YEAR", r"(?:1[5-9]|20)\d\d")
 )
 _FEWEST_DIGITS, _MOST_DIGITS = 7, 15
 _FEWEST_UNSPACED = 9  # digits in one piece, in front of which nothing but "call" or "phone" stands
@@ -102,14 +106,15 @@ def redact(text: str) -> str:
 def redact_personal(text: str) -> str:
     """What someone has written, without keys, e-mail addresses and phone numbers.
 
-    Secrets are those of `redact`; in code a name like `password` may stand before a type or a call, so that a value
-    without quotes must have a digit. Addresses are also found with words or signs for "@" and "." (`ann (at) site dot
-    org`). A phone number has a country's code, an area's code in brackets or with a 0, or the form 202-555-0143; any
-    other must follow a word such as "call". Numbers, prices, dates and times stay.
+    Secrets are those of `redact`; a name like `password` may stand before a type or a call in code, and "secret" before
+    a count, so that a value without quotes must have a digit, and be more than a number of up to three. Addresses are
+    also found with words or signs for "@" and "." (`ann (at) site dot org`). A phone number has a country's code, an
+    area's code in brackets or with a 0, or the form 202-555-0143; any other must follow words such as "call" or "my
+    number is". Numbers, prices, dates and times stay.
     """
 
     def named(match: re.Match[str]) -> str:
-        plain = match["quote"] is None and not any(character.isdigit() for character in match["bare"])
+        plain = match["quote"] is None and re.fullmatch(r"\D*|\d{1,3}[^\w\s]*", match["bare"]) is not None
         return match[0] if plain else redact(match[0])
 
     text = _VALUE.sub(REDACTED, _NAMED.sub(named, text))

@@ -141,6 +141,11 @@ class TestPersonal:
             "0151 23456789",
             "(020) 7946 0958",
             "07700 900123",
+            "06.12.34.56.78",
+            "06.12.34.56.78",
+            "0301234567",
+            "07700900123",
+            "0044 (0)20 7946 0958",
         ],
     )
     def test_a_phone_number_is_found_by_its_form(self, number: str) -> None:
@@ -154,6 +159,17 @@ class TestPersonal:
     def test_any_other_form_is_one_behind_a_word_that_says_so(self, before: str, number: str) -> None:
         assert redact_personal(f"{before}{number} today") == f"{before}{PHONE} today"
         assert redact_personal(f"There are {number} today") in (f"There are {number} today", f"There are {PHONE} today")
+
+    @pytest.mark.parametrize(
+        "before", ["Reach me on ", "My number is ", "my number's ", "contact number: ", "cellphone "]
+    )
+    def test_a_chinese_number_behind_words_that_say_so(self, before: str) -> None:
+        assert redact_personal(f"{before}138 1234 5678, evenings") == f"{before}{PHONE}, evenings"
+
+    @pytest.mark.parametrize("head", ["+1", "0049 ", "tel. ", "(030) "])
+    def test_more_digits_than_a_number_has_are_passed_in_one_go(self, head: str) -> None:
+        text = f"{head}{'12345678901234567' * 6000}"
+        assert redact_personal(text) == text
 
     def test_a_number_in_one_piece_needs_more_than_the_word_call(self) -> None:
         assert redact_personal("call 5551234567, or phone number 5551234") == f"call {PHONE}, or phone number {PHONE}"
@@ -186,6 +202,8 @@ class TestPersonal:
         assert redact_personal(text) == f"password = '{REDACTED}', api_key={REDACTED}, hub_token: {REDACTED}"
         plain = "def login(password: str, secret: bytes) -> None: ...  # The secret: always be kind"
         assert redact_personal(plain) == plain
+        assert redact_personal("The secret: 3 eggs, or secret: 12.") == "The secret: 3 eggs, or secret: 12."
+        assert redact_personal("password: 1234, secret: a1") == f"password: {REDACTED}, secret: {REDACTED}"
 
     @pytest.mark.parametrize(
         "text",
@@ -208,6 +226,8 @@ class TestPersonal:
             "1 2 3 4 5 6 7 8 9, 100 200 300 400 500, 200 300 4000",
             "4be1c0d2a9f04be1c0d2a9f04be1c0d2a9f04be1 and 550e8400-e29b-41d4-a716-446655440000",
             "call me at 1990-2000, the phone is 1000000 won",
+            "01 02 03 04 05, 06 12 34 56 78 90, digits 0123456789, ISBN 0306406152, ISBN-10: 0306406152",
+            "id=0301234567, 0.0301234567, the time 06:12:34 of 06 12 1978",
         ],
     )
     def test_ordinary_text_stays(self, text: str) -> None:

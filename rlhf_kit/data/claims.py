@@ -53,6 +53,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 _DENIALS = _words("not no never lacks lack lacking missing without")
+_DEGREES = _words(
+    "good better best cheap cheaper cheapest expensive low lower lowest high higher highest need more most"
+)
 _DOUBTS = _words(
     "unknown unclear unsure uncertain n/a may might could can perhaps maybe possibly probably apparently supposedly "
     "reportedly likely unlikely seem seems appear appears know known say says said think thought believe believed "
@@ -89,8 +92,8 @@ def claims(text: str, market: Market) -> dict[str, bool]:
     It reads answers ("B yes", "Option B: no", "Option B: a timer: yes") and sentences in which the options stand before
     their verb: "Options A and B have a timer", "Option C lacks it", "Option A has a lid but no timer", "Neither A nor B
     has one". What is in doubt ("unknown", "may have", "does not seem to have", "I think that") is not claimed, and
-    takes back what was said before. Questions, and sentences that are not understood, claim nothing: a language model
-    as the judge reads those.
+    takes back what was said before; a denial that names no option ("Actually no, it does not") takes back all of it.
+    Questions, and sentences that are not understood, claim nothing: a language model as the judge reads those.
     """
     words = text.split()
     if words and _VOCABULARY.issuperset(words):
@@ -163,10 +166,13 @@ def _rewritten(sentence: str) -> str:
 def _withdrawn(sentence: str, tokens: Sequence[str], found: Mapping[str, bool]) -> dict[str, None]:
     """The options of which a sentence that is not understood may deny or doubt what was claimed before it."""
     named = {name.upper() for token in tokens if token.startswith("<") for name in token[1:-1]}
-    if not named and _RETRACTION.search(sentence):
-        return dict.fromkeys(found)
+    about_it = REQUIREMENT in tokens or OTHER not in tokens
+    if not named:
+        denials = zip(tokens, [*tokens[1:], ""], strict=True)
+        denied = about_it and any(token in _DENIALS and following not in _DEGREES for token, following in denials)
+        return dict.fromkeys(found if denied or _RETRACTION.search(sentence) else ())
     against = any(token in _DENIALS | _DOUBTS | {NONE_OF, "except"} for token in tokens)
-    return dict.fromkeys(named if against and (REQUIREMENT in tokens or OTHER not in tokens) else ())
+    return dict.fromkeys(named if against and about_it else ())
 
 
 class _NotUnderstood(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_kit.data.messages import content_text, is_messages
-from rlhf_kit.rollout import Message, Text
+from rlhf_kit.rollout import CharRange, Message, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -54,6 +54,20 @@ def dialogue_messages(text: str) -> list[Message] | None:
     if not text.startswith(HUMAN) or not text.rstrip().endswith(ASSISTANT.strip()):
         return None
     return _turns(text)[:-1]
+
+
+def last_said(text: str) -> CharRange:
+    """Where a prompt's last human turn stands in it, without its mark and white space; all of it if it is no dialogue.
+
+    What stands behind that turn, such as the closing `\\n\\nAssistant:`, is not in it.
+    """
+    if not text.startswith(HUMAN):
+        return 0, len(text)
+    start = text.rindex(HUMAN) + len(HUMAN)
+    end = text.find(ASSISTANT, start)
+    said = text[start : end if end >= 0 else len(text)]
+    start += len(said) - len(said.lstrip())
+    return start, start + len(said.strip())
 
 
 def answer_messages(text: str) -> list[Message]:

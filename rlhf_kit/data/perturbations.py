@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+from rlhf_kit.data.implicit_prompts import last_said
 from rlhf_kit.data.messages import completion_text, content_text
 from rlhf_kit.rollout import CharRange, Text
 
@@ -86,7 +87,7 @@ def _new_version(
 
 
 def corrupted_prompts(prompts: Sequence[Text], edits: Sequence[str], seed: int) -> list[Text | None]:
-    """Each prompt after one edit, of a conversation its last message; None where no edit finds anything to change."""
+    """Each prompt after one edit of its `last_text`; None where no edit finds anything to change."""
     plain = [last_text(prompt) for prompt in prompts]
     pool = pool_of(plain)
     corrupted: list[Text | None] = []
@@ -99,13 +100,19 @@ def corrupted_prompts(prompts: Sequence[Text], edits: Sequence[str], seed: int) 
 
 
 def last_text(prompt: Text) -> str:
-    """A prompt, or of a conversation its last message."""
-    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
+    """A prompt, or of a conversation its last message, or of a dialogue in one text what the human says last."""
+    if not isinstance(prompt, str):
+        return content_text(prompt[-1])
+    start, end = last_said(prompt)
+    return prompt[start:end]
 
 
 def with_last_text(prompt: Text, text: str) -> Text:
     """A prompt with another text in the place of `last_text`."""
-    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+    if not isinstance(prompt, str):
+        return [*prompt[:-1], {**prompt[-1], "content": text}]
+    start, end = last_said(prompt)
+    return prompt[:start] + text + prompt[end:]
 
 
 def pool_of(texts: Sequence[str]) -> Pool:

@@ -49,11 +49,11 @@ class CorruptPrompt(BuilderBase):
     """Rows `prompt, corrupted_prompt, completion` of the data's `prompt` and `completion`.
 
     The paper lets a language model violate constraints of an instruction. So does a `judge` here, whose `prompt` file
-    holds `{{prompt}}` and asks for `{"prompt": "..."}`. Without one, the prompt (of a conversation its last message) is
-    corrupted in one of the ways of `corruptions` that it allows, drawn anew for each row: a sentence is left out
-    (`drop_sentence`) or becomes one of another row (`replace_sentence`), the whole becomes that of another row
-    (`swap`), or it has one of the edits of `perturbed` data. A prompt that none changes is left out, and so is one that
-    a judge fails at or leaves as it is.
+    holds `{{prompt}}` and asks for `{"prompt": "..."}`. Without one, the prompt (of a conversation its last message,
+    of a dialogue in one text what the human says last) is corrupted in one of the ways of `corruptions` that it allows,
+    drawn anew for each row: a sentence is left out (`drop_sentence`) or becomes one of another row
+    (`replace_sentence`), the whole becomes that of another row (`swap`), or it has one of the edits of `perturbed`
+    data. A prompt that none changes is left out, and so is one that a judge fails at or leaves as it is.
     """
 
     may_use: ClassVar = frozenset({"model"})

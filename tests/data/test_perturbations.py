@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from rlhf_kit.data.config import Perturbed
 from rlhf_kit.data.load import load_data
-from rlhf_kit.data.perturbations import EDITS, Pool, changed_ranges, perturb, perturbed_rows
+from rlhf_kit.data.perturbations import (
+    EDITS,
+    Pool,
+    changed_ranges,
+    corrupted_prompts,
+    last_text,
+    perturb,
+    perturbed_rows,
+    with_last_text,
+)
 
 POOL = Pool(entities=("Lake Garda", "Otto"), words=("window", "yellow"))
 TEXT = "In 1912 the ship of Captain Smith was late, and nobody could say why."
@@ -170,6 +179,29 @@ def test_names_and_words_come_from_other_rows(edit: str) -> None:
         own, others = row["prompt"].lower(), " ".join(text for text in texts if text != row["prompt"]).lower()
         (new,) = marked(row["prompt"], row["text"])
         assert new.lower() in others and new.lower() not in own
+
+
+@pytest.mark.parametrize(
+    ("prompt", "last", "other"),
+    [
+        (
+            "\n\nHuman: a 1\n\nAssistant: b\n\nHuman: c 2 \n\nAssistant:",
+            "c 2",
+            "\n\nHuman: a 1\n\nAssistant: b\n\nHuman: X \n\nAssistant:",
+        ),
+        ("\n\nHuman: c 2\n\nAssistant: Well", "c 2", "\n\nHuman: X\n\nAssistant: Well"),
+        ("\n\nHuman: c 2", "c 2", "\n\nHuman: X"),
+        (" Say \n\nHuman: 2 ", " Say \n\nHuman: 2 ", "X"),
+        ([{"role": "user", "content": "c 2"}], "c 2", [{"role": "user", "content": "X"}]),
+    ],
+)
+def test_the_last_text_of_a_dialogue_in_one_text_is_what_the_human_says_last(
+    prompt: Any, last: str, other: Any
+) -> None:
+    assert last_text(prompt) == last and with_last_text(prompt, "X") == other
+    assert with_last_text(prompt, last) == prompt
+    (corrupted,) = corrupted_prompts([prompt], ["number"], 0)
+    assert corrupted is not None and with_last_text(corrupted, last) == prompt != corrupted
 
 
 def test_the_versions_of_a_text_differ() -> None:

@@ -127,6 +127,17 @@ class TestStage:
         assert message["role"] == "user" and message["content"] in ("Add 0 and 1.", "Then say why.")
         assert rows[0]["completion"] == [{"role": "assistant", "content": "1"}]
 
+    @pytest.mark.parametrize("how", ["drop_sentence", "replace_sentence", "swap", "number", "delete"])
+    def test_of_a_dialogue_in_one_text_what_the_human_says_last(self, tmp_path: Path, how: str) -> None:
+        head, tail = "\n\nHuman: Hello 7. It is I.\n\nAssistant: Hi 8. Well?\n\nHuman: ", "\n\nAssistant:"
+        dialogues = [{**row, "prompt": head + row["prompt"] + tail} for row in ROWS]
+        rows, _ = built(tmp_path, dialogues, corruptions=[how])
+        assert len(rows) == 5
+        for row in rows:
+            said = row["corrupted_prompt"].removeprefix(head).removesuffix(tail)
+            assert row["corrupted_prompt"] == head + said + tail != row["prompt"]
+            assert said.strip() and "Human:" not in said and "Assistant:" not in said and "8" not in said
+
     def test_how_many_prompts_are_worked_off_at_once_changes_nothing(self, tmp_path: Path) -> None:
         rows, _ = built(tmp_path, ROWS)
         settings = stage(tmp_path, ROWS)

@@ -84,6 +84,8 @@ class TestRules:
             "That makes sense.",
             "Well done",
             "I really appreciate your help",
+            "you're not mistaken, thanks",
+            "I tried this and it works, nothing broke",
         ],
     )
     def test_satisfied(self, text: str) -> None:
@@ -108,6 +110,9 @@ class TestRules:
             "I don't like it.",
             "That's not an essay, that's a poem.",
             "You suck.",
+            "You are just wrong.",
+            "I tried this and nothing happened.",
+            "I tried it, it worked but now it does not.",
             "Please try again.",
             "Could you finish your last sentence?",
             "Thanks for nothing",
@@ -136,6 +141,10 @@ class TestRules:
             "Why is the sky blue?",
             "Interesting, but what about Rust?",
             "Thanks but would one browser be simpler?",
+            "You are not wrong.",
+            "You're never wrong",
+            "I tried this and nothing broke.",
+            "I tried it and it still works.",
         ],
     )
     def test_neither(self, text: str) -> None:
