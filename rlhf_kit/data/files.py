@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlhf_kit.errors import RunError
 
+SUPERSEDED = ".superseded-"  # in the name of a folder that is put aside, before its number
 FINGERPRINTED = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja")
 
 
@@ -59,3 +60,10 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename what was made from something else to the first free `<name>.superseded-N`, and return that path."""
+    taken = {path.name for path in folder.parent.iterdir()}
+    number = next(n for n in range(1, len(taken) + 2) if f"{folder.name}{SUPERSEDED}{n}" not in taken)
+    return folder.rename(folder.with_name(f"{folder.name}{SUPERSEDED}{number}"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
+from rlhf_kit.data.files import put_aside
 from rlhf_kit.data.load import load_data
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.fingerprint import config_fingerprint
@@ -21,6 +23,7 @@ from rlhf_kit.processes import agreed, of_main, processes
 WORK_FOLDER, KEY_FILE = "work", "key"
 SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring runs
 
+logger = logging.getLogger(__name__)
 Chunk = tuple[int, int, list[Row]]
 
 
@@ -66,12 +69,14 @@ def _missing(stage: Pairs, work: Path, seed: int, count: int) -> list[int]:
 
 
 def _claim(work: Path, key: str) -> None:
-    """Chunks of other settings, models or data are not taken for this stage's."""
+    """Chunks of other settings, models or data are not taken for this stage's, but put aside."""
     written = work / KEY_FILE
     if written.is_file() and written.read_text() == key:
         return
-    for file in work.iterdir():
-        file.unlink()
+    if any(path != written for path in work.iterdir()):
+        aside = put_aside(work)
+        logger.warning("%s holds what was built with other settings, models or data, and is now %s", work, aside)
+        work.mkdir()
     written.write_text(key)
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rlhf_kit.config import Config
-from rlhf_kit.data.files import write_whole
+from rlhf_kit.data.files import put_aside, write_whole
 from rlhf_kit.data.load import load_data
 from rlhf_kit.data.verifiers import verify
 from rlhf_kit.evals.accuracy import refuse_unjudgeable
@@ -22,7 +22,7 @@ from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer, save_whole
 from rlhf_kit.processes import of_main, processes
-from rlhf_kit.runs.folder import RESULT_FILE, put_aside, recorded
+from rlhf_kit.runs.folder import RESULT_FILE, recorded
 from rlhf_kit.trainers.config import START, Bootstrap, HeldOutEvaluation, Stop
 from rlhf_kit.trainers.setup import StageRun
 
@@ -172,15 +172,18 @@ def _measure(step: _Measurement, run: StageRun) -> Results:
 
 
 def _copy(model: Pretrained, target: Path) -> None:
-    """The kept model, whole or not at all, in a folder that later stages need no more of than its path."""
+    """The kept model in a folder that later stages need no more of than its path; the one before until it is whole."""
     source = Path(model.path)
-    shutil.rmtree(target, ignore_errors=True)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, former = (target.with_name(f"{target.name}.{name}") for name in ("partial", "former"))
+    for left in (partial, former):
+        shutil.rmtree(left, ignore_errors=True)
     if source.is_dir() and model.gguf_file is None:
         shutil.copytree(source, partial)
         if model.tokenizer is not None or model.chat_template is not None:
             load_tokenizer(model).save_pretrained(partial)
     else:
         save_whole(model, partial)
+    if target.exists():
+        target.rename(former)
     partial.rename(target)
+    shutil.rmtree(former, ignore_errors=True)

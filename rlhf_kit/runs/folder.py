@@ -20,7 +20,6 @@ from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.manifest import describe_run, describe_stage, read_manifest, write_manifest
-from rlhf_kit.runs.metrics import SUPERSEDED
 from rlhf_kit.trainers.setup import StageRun
 from rlhf_kit.world_size import launch_of
 
@@ -66,11 +65,9 @@ def record_stage(recipe: Recipe, name: str, begun: bool) -> None:
     write_manifest(recipe.run_folder, stages={**stages, name: described})
 
 
-def put_aside(folder: Path) -> None:
-    """Rename what was made from something else to the first free `<name>.superseded-N`."""
-    taken = {path.name for path in folder.parent.iterdir()}
-    number = next(n for n in range(1, len(taken) + 2) if f"{folder.name}{SUPERSEDED}{n}" not in taken)
-    folder.rename(folder.with_name(f"{folder.name}{SUPERSEDED}{number}"))
+def this_launch() -> dict[str, Any]:
+    """How many processes run and what started them, as the manifest says it."""
+    return {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch_of()}
 
 
 def recorded(folder: Path, main: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def _refuse_other_content(folder: Path) -> None:
 
 def _claim(recipe: Recipe) -> None:
     folder = recipe.run_folder
-    launch = {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch_of()}
+    launch = this_launch()
     written, text = folder / RECIPE_FILE, redact(recipe.to_yaml())
     if written.is_file():
         before, now = yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(text)
@@ -148,13 +145,16 @@ def _check_launch(recipe: Recipe, launch: dict[str, Any]) -> None:
     manifest = read_manifest(recipe.run_folder)
     before = {name: manifest.get(name, value) for name, value in launch.items()}
     for name in recipe.stages:
-        folder = recipe.stage_folder(name)
-        begun = not (folder / RESULT_FILE).is_file() and any(StageRun(folder).checkpoints.glob("checkpoint-*"))
-        if begun and before != launch:
-            raise RunError(
-                f"stage '{name}' was begun with {_described(before)} and cannot go on with {_described(launch)}: start "
-                f"{_described(before)} again, or remove {StageRun(folder).checkpoints} to begin the stage anew"
-            )
+        stage = recipe.stage_folder(name)
+        for folder in (stage, *sorted(stage.glob("round-*/preference"))):  # the latter in a bootstrap
+            begun = not (folder / RESULT_FILE).is_file() and any(StageRun(folder).checkpoints.glob("checkpoint-*"))
+            if begun and before != launch:
+                what = "stage" if folder == stage else "round"
+                raise RunError(
+                    f"stage '{name}' was begun with {_described(before)} and cannot go on with {_described(launch)}: "
+                    f"start {_described(before)} again, or remove {StageRun(folder).checkpoints} to begin the {what} "
+                    "anew"
+                )
     if before != launch and manifest.get("finished") is None:
         write_manifest(recipe.run_folder, **launch)
 

@@ -14,7 +14,6 @@ from rlhf_kit.errors import RunError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"
-SUPERSEDED = ".superseded-"  # in the name of a folder that is put aside, before its number
 
 
 class MetricsWriter:

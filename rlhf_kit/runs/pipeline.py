@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_kit.data.files import write_whole
+from rlhf_kit.data.files import put_aside, write_whole
 from rlhf_kit.errors import RunError
 from rlhf_kit.evals.stage import Eval
 from rlhf_kit.pairs.config import Pairs
@@ -23,7 +23,7 @@ from rlhf_kit.processes import processes
 from rlhf_kit.runs.callbacks import MetricsCallback, ProgressCallback
 from rlhf_kit.runs.config import Recipe
 from rlhf_kit.runs.evaluations import read_evaluations, shown
-from rlhf_kit.runs.folder import RESULT_FILE, opened, put_aside, record_stage, recorded
+from rlhf_kit.runs.folder import RESULT_FILE, opened, record_stage, recorded, this_launch
 from rlhf_kit.runs.manifest import behind_bootstrap, is_outdated, read_manifest, write_manifest
 from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, write_samples
 from rlhf_kit.runs.report import REPORT_FILE, write_report
@@ -38,7 +38,8 @@ def run_pipeline(
     """Run every stage that is not yet done, write the report, and return the stages' results.
 
     The same command goes on where it was stopped, and leaves a run that is done as it is. `functions` are reward
-    functions by the names that the recipe uses. With `evaluations_alone` only `eval` stages run.
+    functions by the names that the recipe uses. With `evaluations_alone` only `eval` stages run, and every
+    other stage is taken as it is.
 
     Raises:
         RunError: the run folder belongs to another recipe, a stage cannot go on, or, with `evaluations_alone`, a stage
@@ -49,7 +50,7 @@ def run_pipeline(
     _quiet_libraries()
     main = int(os.environ.get("RANK", "0")) == 0
     with opened(recipe) if main else nullcontext():
-        return _run_stages(recipe, functions or {}, main)
+        return _run_stages(recipe, functions or {}, main, evaluations_alone)
 
 
 def _refuse_what_is_not_trained(recipe: Recipe) -> None:
@@ -63,7 +64,9 @@ def _refuse_what_is_not_trained(recipe: Recipe) -> None:
             )
 
 
-def _run_stages(recipe: Recipe, functions: Mapping[str, Callable[..., Any]], main: bool) -> dict[str, Any]:
+def _run_stages(
+    recipe: Recipe, functions: Mapping[str, Callable[..., Any]], main: bool, evaluations_alone: bool
+) -> dict[str, Any]:
     folder = recipe.run_folder
     results = {}
     finished = _is_finished(folder)
@@ -71,7 +74,10 @@ def _run_stages(recipe: Recipe, functions: Mapping[str, Callable[..., Any]], mai
         write_manifest(folder, interrupted=None)
     try:
         for name, stage in recipe.stages.items():
-            results[name] = _run_stage(recipe, name, stage, functions, main)
+            if evaluations_alone and not isinstance(stage, Eval):
+                results[name] = json.loads((recipe.stage_folder(name) / RESULT_FILE).read_text())
+            else:
+                results[name] = _run_stage(recipe, name, stage, functions, main)
         if main and not _is_finished(folder):
             write_manifest(folder, finished=time.time())
     except BaseException:
@@ -143,7 +149,7 @@ def _run_in(
 ) -> dict[str, Any]:
     """Run a stage in a folder, watched and tracked, and record its results there."""
     if main and not isinstance(stage, Eval) and _is_finished(recipe.run_folder):
-        write_manifest(recipe.run_folder, finished=None)
+        write_manifest(recipe.run_folder, finished=None, **this_launch())
     watchers = _watchers(folder, name) if main else ()
     run = StageRun(
         folder=folder,

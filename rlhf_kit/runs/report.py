@@ -16,12 +16,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from rlhf_kit.data.files import SUPERSEDED
 from rlhf_kit.errors import RunError
 from rlhf_kit.redact import redact
 from rlhf_kit.runs import curves, heatmap
 from rlhf_kit.runs.evaluations import EVALS_FOLDER, evaluation_view, read_evaluations
 from rlhf_kit.runs.formatting import format_duration, format_number, format_time, parse_time
-from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, SUPERSEDED, read_metrics, read_samples
+from rlhf_kit.runs.metrics import METRICS_FILE, SAMPLES_FOLDER, read_metrics, read_samples
 from rlhf_kit.runs.summary import headline, summary_rows
 
 REPORT_FILE = "report.html"

@@ -78,10 +78,18 @@ def test_a_source_of_weight_0_can_give_the_margin(fields, tmp_path) -> None:
         assert pair["margin"] == min(gaps) and (pair["score_chosen"], pair["score_rejected"]) == (1, 0)
 
 
-def test_chunks_of_other_settings_are_not_taken(fields, tmp_path) -> None:
+def test_chunks_of_other_settings_are_not_taken(fields, tmp_path, caplog) -> None:
     run_pairs(stage(fields), tmp_path / "one", seed=1)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "work" / "left").mkdir()
+    assert not caplog.messages
     run_pairs(stage(fields, round=2), tmp_path / "two", seed=1)
+    work, aside = tmp_path / "two" / "work", tmp_path / "two" / "work.superseded-1"
+    (message,) = caplog.messages
+    assert f"{work} holds" in message and str(aside) in message
+    for chunk in (tmp_path / "one" / "work").iterdir():
+        assert (aside / chunk.name).read_bytes() == chunk.read_bytes()
+    assert not (work / "left").exists()
     completions = [contents(tmp_path / name)[0] for name in ("one", "two")]
     assert completions[0] != completions[1]
     run_pairs(stage(fields), tmp_path / "two", seed=1)

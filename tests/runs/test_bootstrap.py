@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rlhf_kit.errors import RunError
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.loading import load_tokenizer
 from rlhf_kit.pairs.files import read_rows
 from rlhf_kit.problems import RecipeError
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.runs.bootstrap import _copy, should_stop
-from rlhf_kit.runs.manifest import read_manifest
+from rlhf_kit.runs.folder import opened
+from rlhf_kit.runs.manifest import read_manifest, write_manifest
 from rlhf_kit.runs.pipeline import run_pipeline
 from rlhf_kit.trainers.config import Bootstrap, Stop
 
@@ -365,6 +367,70 @@ def test_the_kept_folder_has_the_tokenizer_that_the_recipe_names(older, tmp_path
     assert kept.chat_template == "{{ messages }}"
 
 
+def test_a_kept_model_is_replaced_only_by_a_whole_one(older, tmp_path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "former").touch()
+    with pytest.raises(Exception, match="nowhere"):
+        _copy(Pretrained(path=older, tokenizer=str(tmp_path / "nowhere")), target)
+    assert [path.name for path in target.iterdir()] == ["former"]
+    for _ in range(2):
+        _copy(Pretrained(path=older), target)
+        assert {path.name for path in target.iterdir()} == {path.name for path in Path(older).iterdir()}
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_round_that_has_begun_needs_the_same_number_of_processes(recipe, tmp_path, monkeypatch) -> None:
+    loaded, training = load_recipe(recipe()), tmp_path / "runs" / "run" / "dice" / "round-1" / "preference"
+    with opened(loaded):
+        (training / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        RunError, match=r"'dice' was begun with 1 process .* with 2 processes .* begin the round"
+    ) as caught:
+        opened(loaded).__enter__()
+    assert str(training / "checkpoints") in str(caught.value)
+    (loaded.stage_folder("dice") / "result.json").write_text("{}")  # of fewer rounds than the recipe has now
+    with pytest.raises(RunError, match="begin the round anew"):
+        opened(loaded).__enter__()
+    (training / "result.json").write_text("{}")
+    with opened(loaded):
+        assert read_manifest(loaded.run_folder)["world_size"] == 2
+
+
+def test_evaluations_alone_take_a_bootstrap_as_it_is(recipe, tmp_path) -> None:
+    run = tmp_path / "runs" / "run"
+    right = tmp_path / "right.jsonl"
+    rows = [{"prompt": "1 =", "completion": str(k), "label": k % 2, "answer": "1"} for k in range(4)]
+    right.write_text("\n".join(map(json.dumps, rows)))
+    behind = {
+        "next": {"type": "sft", "model": {"path": "${stages.dice.model}"}, "data": {**SUMS, "size": 4}},
+        "eval": {
+            "type": "eval",
+            "evals": {"votes": {"type": "best_of_n", "data": {"type": "jsonl", "path": str(right)}}},
+        },
+    }
+    behind["next"]["trainer"] = {"args": {"max_steps": 1, "gradient_checkpointing": False}}
+    fields = {"rounds": 1, "evaluation": None, "behind": behind}
+    results = run_pipeline(load_recipe(recipe(**fields)))
+    config = run / "dice" / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")  # what is behind it has read another model
+    write_manifest(run, world_size=2)  # as a run of two processes would have left it
+    before = {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parent.name in ("dice", "next", "round-1")
+    }
+    changed = {**fields, "rounds": 2}
+    assert run_pipeline(load_recipe(recipe(**changed)), evaluations_alone=True).keys() == results.keys()
+    after = {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parent.name in ("dice", "next", "round-1")
+    }
+    assert after == before and not list(run.rglob("*.superseded-*"))
+
+    run_pipeline(load_recipe(recipe(**changed)))
+    assert (run / "dice" / "round-2").is_dir() and (run / "next.superseded-1").is_dir()
+    assert read_manifest(run)["world_size"] == 1  # by which the second round was trained
+
+
 def test_a_row_that_cannot_be_judged_is_refused_as_elsewhere(recipe, tmp_path) -> None:
     rows = [{"prompt": "1 1 =", "answer": "2"}, {"prompt": "1 2 =", "answer": None}]
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -427,6 +493,8 @@ def test_two_processes_go_on_after_a_kill_and_end_as_one(recipe, older, tmp_path
     launch("cpu_ddp", script, str(both), "2", succeeds=False)
     assert (runs / "both" / "dice" / "round-1" / "preference" / "checkpoints" / "checkpoint-1").is_dir()
     sampled = done_at(runs / "both")
+    with pytest.raises(RunError, match=r"begun with 2 processes \(data parallel\) and cannot go on with 1 process "):
+        run_pipeline(load_recipe(both))
     launch("cpu_ddp", script, str(both))
     after = done_at(runs / "both")
     assert {step: after[step] for step in sampled} == sampled and after.keys() == done_at(runs / "alone").keys()
