@@ -14,23 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf_kit.config import Location
 from rlhf_kit.data.config import Edit
 from rlhf_kit.errors import RunError
 from rlhf_kit.judges.base import Answer, Judge, Question
-from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.parsing import json_answer
 from rlhf_kit.judges.prompts import fenced, fill, read_prompt
-from rlhf_kit.pairs.builder import SFT, Builder, BuilderBase, Built, Row
+from rlhf_kit.pairs.builder import SFT, Builder, Built, Row
+from rlhf_kit.pairs.judged import PROMPTS, MayAsk
 from rlhf_kit.problems import Problem
-from rlhf_kit.rewards.asking import judge_files, judge_problems, prompt_problems
 from rlhf_kit.rollout import CharRange
 
 if TYPE_CHECKING:
     from rlhf_kit.pairs.config import Pairs
     from rlhf_kit.pairs.context import PairsContext
 
-PROMPTS = "rlhf_kit.pairs.prompts"
 SWAP, DROP, REPLACE = "swap", "drop_sentence", "replace_sentence"
 REWRITTEN, FAILED, UNCHANGED = "rewritten", "failed", "unchanged"
 _DRAWS = 16
@@ -45,7 +42,7 @@ Corruption = Edit | Literal["swap", "drop_sentence", "replace_sentence"]
 DEFAULT: tuple[Corruption, ...] = (REPLACE, DROP, "number", "negate")
 
 
-class CorruptPrompt(BuilderBase):
+class CorruptPrompt(MayAsk):
     """Rows `prompt, corrupted_prompt, completion` of the data's `prompt` and `completion`.
 
     The paper lets a language model violate constraints of an instruction. So does a `judge` here, whose `prompt` file
@@ -56,12 +53,10 @@ class CorruptPrompt(BuilderBase):
     data. A prompt that none changes is left out, and so is one that a judge fails at or leaves as it is.
     """
 
-    may_use: ClassVar = frozenset({"model"})
+    placeholders: ClassVar = ("prompt",)
 
     type: Literal["corrupt_prompt"]
     corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1)] = DEFAULT
-    judge: JudgeConfig | None = None
-    prompt: Location | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -71,26 +66,9 @@ class CorruptPrompt(BuilderBase):
         return (SFT,)
 
     def problems(self, stage: Pairs) -> Iterator[Problem]:
-        by_policy = self.judge is not None and self.judge.type == "policy"
-        if by_policy and stage.model is None:
-            yield Problem("model", "is missing, and is the judge", remedy="add model: {path: ...}")
-        if stage.model is not None and not by_policy:
-            yield Problem("model", "is never used: nothing is sampled", remedy="remove it, or write judge: policy")
-        if self.judge is not None:
-            yield from (problem.under("builder") for problem in judge_problems(self.judge))
-            if "corruptions" in self.model_fields_set:
-                yield Problem(
-                    "builder.corruptions", "are never used: the judge rewrites", remedy="remove one of the two"
-                )
-        elif self.prompt is not None:
-            yield Problem("builder.prompt", "is a judge's, and there is none", self.prompt, "add a judge")
-        yield from prompt_problems(self.prompt, ("prompt",), "builder.prompt")
-
-    def files(self) -> Iterator[tuple[str, str, bool]]:
-        if self.prompt is not None:
-            yield "prompt", self.prompt, False
-        if self.judge is not None:
-            yield from judge_files(self.judge)
+        yield from super().problems(stage)
+        if self.judge is not None and "corruptions" in self.model_fields_set:
+            yield Problem("builder.corruptions", "are never used: the judge rewrites", remedy="remove one of the two")
 
     def build(self, context: PairsContext) -> CorruptPrompts:
         return CorruptPrompts(context, self)

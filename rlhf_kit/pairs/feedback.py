@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from rlhf_kit.config import Config
-from rlhf_kit.data.messages import completion_text, content_text
+from rlhf_kit.data.messages import completion_text, content_text, without_nulls
 from rlhf_kit.redact import redact_personal
 from rlhf_kit.rollout import Message
 
@@ -64,7 +64,7 @@ def redacted_message(message: Message) -> Message:
     """What a chat template shows of a message, without personal data; logs also tell addresses, times and places."""
     told = (*FIELDS, "name") if message["role"] == "tool" else FIELDS  # elsewhere a name is somebody's
     kept = {name: value for name, value in message.items() if name in told}
-    return {name: value if name == "role" else _redacted(value) for name, value in bare(kept).items()}
+    return {name: value if name == "role" else _redacted(value) for name, value in without_nulls(kept).items()}
 
 
 def _redacted(value: Any) -> Any:
@@ -73,13 +73,6 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _redacted(item) for name, item in value.items()}
     return [_redacted(item) for item in value] if isinstance(value, list) else value
-
-
-def bare(value: Any) -> Any:
-    """Messages without the fields that hold nothing, which tables give to every message that lacks them."""
-    if isinstance(value, Mapping):
-        return {name: bare(item) for name, item in value.items() if item is not None}
-    return [bare(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Rule(Config):

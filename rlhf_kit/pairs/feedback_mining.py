@@ -15,33 +15,29 @@ from pydantic import Field
 
 from rlhf_kit.config import Location
 from rlhf_kit.data.implicit_prompts import ASSISTANT, answer_messages, dialogue_messages
-from rlhf_kit.data.messages import completion_messages, completion_text, dialogue_text
+from rlhf_kit.data.messages import completion_messages, completion_text, dialogue_text, without_nulls
 from rlhf_kit.errors import RunError
 from rlhf_kit.judges.base import Answer, Judge, Question
-from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.prompts import fenced, fill, read_prompt
-from rlhf_kit.pairs.builder import PAIRED, UNPAIRED, Builder, BuilderBase, Built, Row
+from rlhf_kit.pairs.builder import PAIRED, UNPAIRED, Builder, Built, Row
 from rlhf_kit.pairs.feedback import (
     DISSATISFIED,
     LABELS,
     NEITHER,
     SATISFIED,
     Exchange,
-    bare,
     exchanges,
     read_rules,
     redacted_message,
 )
+from rlhf_kit.pairs.judged import PROMPTS, MayAsk
 from rlhf_kit.problems import Problem
-from rlhf_kit.rewards.asking import judge_files, judge_problems, prompt_problems
 from rlhf_kit.rollout import Message, Text
 
 if TYPE_CHECKING:
     from rlhf_kit.pairs.config import Pairs
     from rlhf_kit.pairs.context import PairsContext
 
-PROMPTS = "rlhf_kit.pairs.prompts"
-PLACEHOLDERS = ("prompt", "completion", "feedback")
 LETTERS = ("A", "B", "C")  # of LABELS, in the prompt
 FAILED = "failed"
 APOLOGY, IDENTICAL, REPEATED, CONTRADICTORY = DROPPED = ("apology", "identical", "repeated", "contradictory")
@@ -50,7 +46,7 @@ TURN, PAIR = "turn", "pair"
 Verdict = tuple[str, str]  # a label or `FAILED`, and the rule that gave it
 
 
-class FeedbackMining(BuilderBase):
+class FeedbackMining(MayAsk):
     """Answers that users were satisfied or dissatisfied with, and answers against their revisions.
 
     A prompt of the data is a whole dialogue (`columns: {prompt: messages}`), messages or `\\n\\nHuman: ...\\n\\n
@@ -68,12 +64,10 @@ class FeedbackMining(BuilderBase):
     once, and an answer that pleased in one dialogue and displeased in another not at all.
     """
 
-    may_use: ClassVar = frozenset({"model"})
+    placeholders: ClassVar = ("prompt", "completion", "feedback")
 
     type: Literal["feedback_mining"]
     rules: Location | None = None
-    judge: JudgeConfig | None = None
-    prompt: Location | None = None
     sure: Annotated[float, Field(gt=0, lt=1)] = 0.5
     accept: Literal["satisfied", "no_complaint"] = "no_complaint"
     apologies: Literal["drop", "keep"] = "drop"
@@ -82,27 +76,16 @@ class FeedbackMining(BuilderBase):
         return PAIRED, UNPAIRED
 
     def problems(self, stage: Pairs) -> Iterator[Problem]:
-        by_policy = self.judge is not None and self.judge.type == "policy"
-        if by_policy and stage.model is None:
-            yield Problem("model", "is missing, and is the judge", remedy="add model: {path: ...}")
-        if stage.model is not None and not by_policy:
-            yield Problem("model", "is never used: nothing is sampled", remedy="remove it, or write judge: policy")
-        if self.judge is not None:
-            yield from (problem.under("builder") for problem in judge_problems(self.judge))
-        elif self.prompt is not None:
-            yield Problem("builder.prompt", "is a judge's, and there is none", self.prompt, "add a judge")
-        yield from prompt_problems(self.prompt, PLACEHOLDERS, "builder.prompt")
+        yield from super().problems(stage)
         try:
             read_rules(self.rules)  # which say also what an apology is
         except (OSError, ValueError) as error:
             yield Problem("builder.rules", str(error), self.rules)
 
     def files(self) -> Iterator[tuple[str, str, bool]]:
-        for name in ("rules", "prompt"):
-            if (path := getattr(self, name)) is not None:
-                yield name, path, False
-        if self.judge is not None:
-            yield from judge_files(self.judge)
+        if self.rules is not None:
+            yield "rules", self.rules, False
+        yield from super().files()
 
     def build(self, context: PairsContext) -> MinedFeedback:
         return MinedFeedback(context, self)
@@ -184,7 +167,7 @@ class MinedFeedback(Builder):
         """
         from rlhf_kit.pairs.rows import with_lineage
 
-        rows = [bare(row) for row in rows]
+        rows = without_nulls(rows)
         turns = [row for row in rows if row["kind"] == TURN]
         pairs = [row for row in rows if row["kind"] == PAIR]
         labels = Counter(row["feedback_label"] for row in turns)

@@ -18,6 +18,7 @@ from rlhf_kit.judges.config import JudgeConfig
 from rlhf_kit.judges.prompts import fenced, fill, read_prompt
 from rlhf_kit.pairs.builder import Row
 from rlhf_kit.pairs.compared import ComparedPairs, Comparing, Judged, judged
+from rlhf_kit.pairs.judged import PROMPTS
 from rlhf_kit.problems import Problem
 from rlhf_kit.rewards.asking import judge_files, judge_problems, prompt_problems
 from rlhf_kit.rewards.gap import LABELS, log_odds
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from rlhf_kit.pairs.config import Pairs
     from rlhf_kit.pairs.context import PairsContext
 
-PROMPTS = "rlhf_kit.pairs.prompts"
 PLACEHOLDERS = {
     "criticism": ("prompt", "answer", "completion"),
     "preference": ("prompt", "answer", "first", "second", "question"),
