@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rlhf_kit.data.config import (
     Concatenated,
@@ -31,6 +31,9 @@ from rlhf_kit.pairs.builder import PAIRED, SFT, UNPAIRED
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, listed
 from rlhf_kit.runs.config import Recipe, file_of
+
+if TYPE_CHECKING:
+    from rlhf_kit.data.checks import Origins
 
 LARGEST_FILE = 64 * 2**20  # bytes; a larger one is read when its stage begins
 TEXTS = {*PROMPTS, *COMPLETIONS, "label"}
@@ -180,6 +183,17 @@ def _read(kind: type[DataBase], settings: str, changed: int) -> Known:
         return Columns(tuple(load_data(cast(DataConfig, kind.model_validate_json(settings))).column_names))
     except (ValueError, OSError) as error:
         return Problem("", str(error))
+
+
+def first_row_problem(
+    rows: Sequence[Mapping[str, Any]], origins: Origins, problem: Callable[[Mapping[str, Any]], str | None]
+) -> Problem | None:
+    """The first row that `problem` says something of, by the name that `origins` gives it."""
+    found = ((place, text) for place, row in enumerate(rows) if (text := problem(row)) is not None)
+    first = next(found, None)
+    if first is None:
+        return None
+    return Problem("", f"{origins.name(first[0])}: {first[1]}", remedy="mend the row, or leave it out")
 
 
 def running_sums_problem(config: RunningSums) -> Problem | None:

@@ -6,6 +6,7 @@ Files are read, tasks are made, columns are there, functions are installed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rlhf_kit.evals.stage import Eval
 from rlhf_kit.pairs.config import Pairs
 from rlhf_kit.problems import Problem, RecipeError, did_you_mean, listed
 from rlhf_kit.recipe_bootstrap import HERE, bootstrap_data
-from rlhf_kit.recipe_columns import Columns, Files, Known, columns_of, written_files
+from rlhf_kit.recipe_columns import Columns, Files, Known, columns_of, first_row_problem, written_files
 from rlhf_kit.recipe_preference import holds_pairs, preference_rows
 from rlhf_kit.rewards.config import SourceConfig
 from rlhf_kit.rewards.function import ENTRY_POINTS, FunctionConfig
@@ -77,14 +78,12 @@ def _row_problems(stage: Eval, files: Files) -> Iterator[Problem]:
             columns = columns_of(config, files)
             if not isinstance(columns, Columns) or not columns.whole or any(columns.lack(name) for name in needed):
                 continue
-            from rlhf_kit.data.load import load_data
+            from rlhf_kit.data.load import load_with_origins
 
-            rows = load_data(config).to_list()
-            found = ((number, evaluation.row_problem(field, row)) for number, row in enumerate(rows, start=1))
-            first = next(((number, text) for number, text in found if text is not None), None)
-            if first is not None:
-                text = f"{config.path}, row {first[0] + config.skip}: {first[1]}"
-                yield Problem(f"evals.{name}.{field}", text, remedy="mend the row, or leave it out")
+            data, origins = load_with_origins(config)
+            rows = data.to_list()
+            if (found := first_row_problem(rows, origins, partial(evaluation.row_problem, field))) is not None:
+                yield found.under(f"evals.{name}.{field}")
             if (together := evaluation.rows_problem(rows)) is not None:
                 yield Problem(f"evals.{name}.{field}", together)
         if isinstance(evaluation, FirstError) and evaluation.path is not None and Path(evaluation.path).is_file():

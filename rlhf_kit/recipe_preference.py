@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlhf_kit.data.config import DataConfig, Jsonl, Parquet, Sampled
 from rlhf_kit.problems import Problem, listed
-from rlhf_kit.recipe_columns import Columns, Files, columns_of
+from rlhf_kit.recipe_columns import Columns, Files, columns_of, first_row_problem
 from rlhf_kit.trainers.args import argument, measures_loss
 from rlhf_kit.trainers.config import Preference, Reward
 
@@ -68,12 +68,10 @@ def _unusable(stage: Preference, field: str, config: DataConfig, files: Files) -
     columns, objective = columns_of(config, files), stage.objective
     if not isinstance(config, Jsonl | Parquet) or not isinstance(columns, Columns) or not columns.whole:
         return
-    if any(columns.lack(name) for name in objective.columns_read):
+    if not objective.numbers or any(columns.lack(name) for name in objective.columns_read):
         return
     from rlhf_kit.data.load import load_with_origins
 
     data, origins = load_with_origins(config)
-    problems = ((place, objective.row_problem(row)) for place, row in enumerate(data.to_list()))
-    first = next(((place, text) for place, text in problems if text is not None), None)
-    if first is not None:
-        yield Problem(field, f"{origins.name(first[0])}: {first[1]}", remedy="mend the row, or leave it out")
+    if (found := first_row_problem(data.to_list(), origins, objective.row_problem)) is not None:
+        yield found.under(field)

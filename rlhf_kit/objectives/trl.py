@@ -39,6 +39,8 @@ class TrlObjective(Config):
 
     columns_read: ClassVar[tuple[str, ...]]
 
+    numbers: ClassVar[Mapping[str, float | None]] = {}
+
     type: str
 
     @property
