@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 READ = "names a file or model that is read"
+SEED_STRIDE = 1_000_003  # between derived seeds: more than rounds, ranks or steps, and far from seeds of a user's own
 
 # A file, a folder or a hub id that is read; "~" is the home folder.
 Location = Annotated[str, AfterValidator(os.path.expanduser), READ]

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from rlhf_kit.config import SEED_STRIDE
 from rlhf_kit.data.config import DataConfig, Sampled
 from rlhf_kit.data.load import Sampler, load_data
 from rlhf_kit.evals.fingerprint import config_fingerprint
@@ -84,7 +85,7 @@ class EvalContext(FrozenPolicy):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[tuple[str, list[int]]]:
         """One completion for each prompt, by the stage's model or another: its text and its tokens."""
-        set_seed((self.seed * 1_000_003 + seed) % 2**32)
+        set_seed((self.seed * SEED_STRIDE + seed) % 2**32)
         reader = tokenizer or self.tokenizer
         ids = generate_ids(
             cast(nn.Module, self.policy if model is None else model),

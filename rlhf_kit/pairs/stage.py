@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from rlhf_kit.config import SEED_STRIDE
 from rlhf_kit.data.files import put_aside
 from rlhf_kit.data.load import load_data
 from rlhf_kit.errors import RunError
@@ -21,7 +22,6 @@ from rlhf_kit.pairs.files import read_rows, write_rows
 from rlhf_kit.processes import agreed, of_main, processes
 
 WORK_FOLDER, KEY_FILE = "work", "key"
-SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring runs
 
 logger = logging.getLogger(__name__)
 Chunk = tuple[int, int, list[Row]]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rlhf_kit.config import Config, Location
+from rlhf_kit.config import SEED_STRIDE, Config, Location
 from rlhf_kit.data.config import DataConfig, Mixed, Parquet, PromptConfig
 from rlhf_kit.evals.config import Evaluation, Probability, StepEvaluation, StepTruth
 from rlhf_kit.evals.stage import Eval
@@ -284,9 +284,6 @@ class Stop(Config):
     min_delta: NonNegativeFloat = 0.0
 
 
-REPLAY_STRIDE = 1_000_003  # more than the rounds of any run
-
-
 START = Path("round-0") / "start" / "model"  # of a bootstrap's folder
 
 
@@ -364,7 +361,7 @@ class Bootstrap(Config):
         rows = Parquet(type="parquet", path=unpaired if one_by_one else paired)
         mixed = None
         if self.replay is not None:
-            drawn = seed * REPLAY_STRIDE + number
+            drawn = seed * SEED_STRIDE + number
             mixed = Mixed(type="mixed", rows=rows, replay=self.replay.data, share=self.replay.share, seed=drawn)
         model = self.model_of(number - 1, folder).model_copy(update={"peft": self.preference.peft})
         settings = self.preference.model_dump(exclude={"peft"})

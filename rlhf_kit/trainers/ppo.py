@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
+from rlhf_kit.config import SEED_STRIDE
 from rlhf_kit.credit import AdaptiveKl, kl_penalty, last_action_index, masked_mean
 from rlhf_kit.credit.spans import segment, step_ids
 from rlhf_kit.data.messages import completion_text
@@ -124,7 +125,7 @@ class PpoTrainer(CreditTrainer):
         resample = Resampler(
             self.train_dataset, self.num_generations, band.max_rounds, self.generate_rows, self._in_band, self.ranks
         )
-        seed = (self.args.seed * 1_000_003 + self.micro_step) * 1_009 + self.accelerator.process_index
+        seed = (self.args.seed * SEED_STRIDE + self.micro_step) * 1_009 + self.accelerator.process_index
         rows, generated, self._judged, rounds = resample(rows, seed)
         self.log_metric("credit/resample_rounds", float(rounds))
         return rows, generated

@@ -10,14 +10,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import set_seed
 
+from rlhf_kit.config import SEED_STRIDE
 from rlhf_kit.data.config import Sampled
 from rlhf_kit.data.load import SampledCompletion
 from rlhf_kit.models.config import Pretrained
 from rlhf_kit.models.generation import generate_ids
 from rlhf_kit.models.loading import load_copy, load_tokenizer
 from rlhf_kit.processes import processes
-
-SEED_STRIDE = 1_000_003  # far from the seeds that a user gives to neighbouring data sets
 
 
 def sample_completions(
