@@ -46,3 +46,14 @@ def contents(folder: Path) -> list[bytes]:
     """The files that a stage has written, as bytes."""
     names = ("completions.parquet", "paired.parquet", "unpaired.parquet")
     return [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
+
+
+def built(folder: Path, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The pairs that a stage writes, and its results."""
+    from rlhf_kit.pairs.files import read_rows
+    from rlhf_kit.pairs.stage import run_pairs
+
+    made = stage(fields)
+    assert [str(problem) for problem in made.problems()] == []
+    results = run_pairs(made, folder)
+    return read_rows(folder / "paired.parquet"), results

@@ -16,11 +16,10 @@ from rlhf_kit.data.marketplace import Market, market_of, marketplace, marketplac
 from rlhf_kit.errors import RunError
 from rlhf_kit.judges.prompts import fenced
 from rlhf_kit.pairs.files import read_rows
-from rlhf_kit.pairs.stage import run_pairs
 
 from ..judges.scripted import Reply, ScriptedServer, asked
 from ..sums import save_policy
-from .conftest import stage
+from .conftest import built, stage
 
 # A costs 40 and lacks the timer, B costs 80 and has it, C costs 60 and has it.
 MARKET = Market(
@@ -47,14 +46,6 @@ def given(path: Path, **builder: Any) -> dict[str, Any]:
     """A stage that compares the completions of a file."""
     builder = {"type": "hindsight", "completions": "said", **builder}
     return {"type": "pairs", "data": {"type": "jsonl", "path": str(path)}, "builder": builder}
-
-
-def built(folder: Path, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The pairs that a stage writes, and its results."""
-    made = stage(fields)
-    assert [str(problem) for problem in made.problems()] == []
-    results = run_pairs(made, folder)
-    return read_rows(folder / "paired.parquet"), results
 
 
 # -- the marketplace's rule ------------------------------------------------------------

@@ -16,11 +16,9 @@ from rlhf_kit.data.messages import completion_text
 from rlhf_kit.errors import RunError
 from rlhf_kit.judges.prompts import fenced
 from rlhf_kit.models.loading import load_tokenizer
-from rlhf_kit.pairs.files import read_rows
-from rlhf_kit.pairs.stage import run_pairs
 
 from ..judges.scripted import Reply, ScriptedServer, asked
-from .conftest import stage
+from .conftest import built, stage
 
 FENCE = re.compile(r"<<<BEGIN ([a-z ]+) (\w{16})\n(.*?)\n>>>END \1 \2(?:\n|$)", re.DOTALL)
 CRITICISM, PREFERENCE = "Criticise the other answer", "Which of the two is the better completion?"
@@ -83,14 +81,6 @@ def asking(path: Path, server: ScriptedServer, **builder: Any) -> dict[str, Any]
     judge = {"type": "server", "base_url": server.base_url, "model": "m", "attempts": 1, "timeout": 10.0}
     builder = {"type": "self_reference", "completions": "said", "judge": judge, **builder}
     return {"type": "pairs", "data": {"type": "jsonl", "path": str(path)}, "builder": builder}
-
-
-def built(folder: Path, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The pairs that a stage writes, and its results."""
-    made = stage(fields)
-    assert [str(problem) for problem in made.problems()] == []
-    results = run_pairs(made, folder)
-    return read_rows(folder / "paired.parquet"), results
 
 
 def sigmoid(value: float) -> float:
